@@ -1,0 +1,208 @@
+"""The command line: `axbatch validate|plan|run|status|verify|submit JOB.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pipeline import __version__
+from pipeline.errors import EXIT_INTERRUPTED, AxbatchError, Interrupted
+
+# Everything heavy is imported by the command that needs it: --help must answer at once.
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.config import JobConfig
+    from pipeline.plan import Plan
+    from pipeline.task import Task
+
+EPILOG = """exit codes:
+  0    done, within `limits`
+  1    stopped by a fault (storage, cluster, engine); the same command goes on
+  2    the job file or the arguments are wrong
+  3    done, too many rows not ok
+  4    refused: changed identity or input, or the same job is active
+  130  interrupted; the same command goes on"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. Errors are shown without a traceback unless -v."""
+    options = _parser().parse_args(arguments)
+    console, errors = _console(sys.stdout), _console(sys.stderr)
+    try:
+        code: int = options.command(options, console)
+        return code
+    except AxbatchError as error:
+        if options.verbose:
+            traceback.print_exception(error, file=errors.file)
+        errors.print(f"axbatch: {error}", markup=False, highlight=False, soft_wrap=True)
+        return error.exit_code
+    except Exception as error:
+        # A bug, not a user's mistake: the traceback is what a report of it needs.
+        traceback.print_exception(error, file=errors.file)
+        errors.print("axbatch: internal error, please report it with the lines above")
+        return 1
+    except Interrupted:
+        again = f"axbatch {options.name} {options.job}"
+        errors.print(f"axbatch: interrupted; what is committed stays. Go on with: {again}")
+        return EXIT_INTERRUPTED
+
+
+def _validate(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.model import resolve_model
+
+    job, task = _load(options)
+    plan = _plan(job, task)
+    if job.model.id != "demo":
+        resolve_model(job.model)
+    console.print(f"{options.job}: valid; {plan.rows:,} rows in {len(plan.shards):,} file(s)")
+    return 0
+
+
+def _plan_command(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.report import show_plan
+
+    job, task = _load(options)
+    plan = _plan(job, task)
+    _answer(options, console, plan.to_json(), lambda: show_plan(plan, console))
+    return 0
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.report import show_examples, show_summary
+    from pipeline.run import run_job
+    from pipeline.storage import Folder
+
+    job, task = _load(options)
+    summary = run_job(job, _console(sys.stderr) if options.json else console)
+
+    def show() -> None:
+        show_summary(summary, console)
+        if options.show:
+            output = Folder(job.output.path)
+            show_examples(output, _plan(job, task), task.columns, job.output.column, console)
+
+    _answer(options, console, summary.to_json(), show)
+    return summary.exit_code
+
+
+def _status(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.report import show_status
+    from pipeline.status import read_status
+    from pipeline.storage import Folder
+
+    job, task = _load(options)
+    status = read_status(_plan(job, task), Folder(job.output.path))
+    _answer(options, console, status.to_json(), lambda: show_status(status, console))
+    return 0
+
+
+def _verify(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.storage import Folder
+    from pipeline.verify import verify_output
+
+    job, task = _load(options)
+    plan = _plan(job, task)
+    counts = verify_output(plan, Folder(job.output.path), job.output.column)
+
+    def show() -> None:
+        split = ", ".join(f"{n:,} {status}" for status, n in counts.to_json()["statuses"].items())
+        console.print(
+            f"verified: {counts.rows:,} rows in {len(plan.shards):,} file(s) = {split}; "
+            "order, input columns, identity and checksums are right"
+        )
+
+    _answer(options, console, counts.to_json(), show)
+    return 0
+
+
+def _submit(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.submit import submit_job
+
+    job, _ = _load(options)
+    submitted = submit_job(job, options.address)
+    _answer(
+        options,
+        console,
+        submitted.to_json(),
+        lambda: console.print(f"submitted {submitted.id}\n  follow it: {submitted.follow}"),
+    )
+    return 0
+
+
+def _load(options: argparse.Namespace) -> tuple[JobConfig, Task]:
+    from jobs import load_task
+    from pipeline.config import load_job
+
+    job = load_job(Path(options.job), options.set)
+    return job, load_task(job, options.job)
+
+
+def _plan(job: JobConfig, task: Task) -> Plan:
+    from pipeline.config import identity_fields, identity_hash
+    from pipeline.plan import make_plan
+    from pipeline.run import check_identity
+    from pipeline.storage import Folder
+
+    fields = identity_fields(job, task.identity())
+    check_identity(Folder(job.output.path), fields)
+    return make_plan(job, task, identity_hash(fields))
+
+
+def _answer(
+    options: argparse.Namespace, console: Console, data: Any, show: Callable[[], None]
+) -> None:
+    if options.json:
+        console.print_json(json.dumps(data, ensure_ascii=False))
+    else:
+        show()
+
+
+def _console(stream: TextIO) -> Console:
+    """Writes to what `stream` is now: a run points stdout and stderr at its log later."""
+    from rich.console import Console
+
+    return Console(file=os.fdopen(os.dup(stream.fileno()), "w"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="axbatch",
+        description="Run a chat model over a Parquet dataset: one YAML job file, one command.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"axbatch {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("job", metavar="JOB.yaml", help="the job file")
+        sub.add_argument("--set", action="append", default=[], metavar="a.b=c",
+                         help="override a key of the job file (the value is YAML)")  # fmt: skip
+        sub.add_argument("--json", action="store_true", help="print JSON, for programs")
+        sub.add_argument("-v", "--verbose", action="store_true", help="show tracebacks")
+        sub.set_defaults(command=command, name=name)
+        return sub
+
+    add("validate", _validate, "check the job file, the input's columns and the model's folder")
+    add("plan", _plan_command, "show what a run would do, from footers alone")
+    run = add("run", _run, "run the job; resumes by itself")
+    run.add_argument("--show", action="store_true", help="show five rows at the end")
+    add("status", _status, "show how far the job is, from storage alone")
+    add("verify", _verify, "prove that every input row came out once, in order, unchanged")
+    submit = add("submit", _submit, "submit the job to a running Ray cluster")
+    submit.add_argument(
+        "--address", metavar="URL", help="http://HOST:8265; default: RAY_API_SERVER_ADDRESS"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

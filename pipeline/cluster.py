@@ -1,0 +1,176 @@
+"""Ray: start it here or connect to it, see whether the replicas fit, and stream units through."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pipeline.config import JobConfig
+from pipeline.errors import AxbatchError, ClusterError, ModelError
+from pipeline.plan import Plan
+from pipeline.records import Receipt
+from pipeline.source import UnitSource
+from pipeline.worker import Worker, WorkerSpec, decode_receipt
+
+# Read tasks and publishing beside the engines; engines reserve all the cores that they compute on.
+PLUMBING_CPUS = 1
+READER_CPUS = 0.1
+MAX_READERS = 16
+MAX_UNITS_IN_FLIGHT = 64
+NO_PROGRESS_TIMEOUT_S = 24 * 3600
+"""Ray Data's own 30 minutes would end a job whose units are slow or whose engine is large."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one replica reserves."""
+
+    gpus: int
+    cpus: int
+
+
+@contextmanager
+def ray_cluster(job: JobConfig) -> Iterator[Resources]:
+    """Connect to `cluster.address` or RAY_ADDRESS, else start Ray on this machine; on leaving,
+    disconnect or stop it. Yields what a replica reserves there.
+
+    Raises:
+        ClusterError: no cluster at the address, or too little room for the replicas.
+        ModelError: one replica needs more than the largest machine has.
+    """
+    # Before the import: ray reads these once.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    address = job.cluster.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=_local_cpus(job) + PLUMBING_CPUS,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"Ray at {address or 'this machine'}: {' '.join(str(error).split())[:200]}",
+            "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS.",
+        ) from error
+    try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield _replica_resources(job, nodes)
+    finally:
+        ray.shutdown()
+
+
+def _local_cpus(job: JobConfig) -> int:
+    cores = len(os.sched_getaffinity(0))
+    return max(cores, (job.cluster.cpus_per_replica or 1) * job.cluster.range.max)
+
+
+def _replica_resources(job: JobConfig, nodes: list[dict[str, float]]) -> Resources:
+    model, replicas = job.model, job.cluster.range
+    if model.backend != "vllm":
+        return Resources(gpus=0, cpus=job.cluster.cpus_per_replica or 1)
+    world = model.world_size
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    if any(gpus):
+        if world > max(gpus):
+            raise _too_large(world, f"the largest machine has {max(gpus)} GPUs")
+        room = sum(count // world for count in gpus)
+        if replicas.min > room:
+            raise ClusterError(
+                f"cluster.replicas: {replicas.min} replicas of {world} GPUs do not fit; "
+                f"there is room for {room}",
+                "Lower `cluster.replicas`, or wait for the cluster to grow.",
+            )
+        return Resources(gpus=world, cpus=1)
+    cores = [math.floor(node.get("CPU", 0)) for node in nodes]
+    local = len(os.sched_getaffinity(0))
+    largest = min(max(cores, default=0), local) if len(nodes) == 1 else max(cores, default=0)
+    if world > largest:
+        raise _too_large(world, f"this machine has no GPU and {largest} cores")
+    share = largest // math.ceil(replicas.max / max(1, len(nodes)))
+    return Resources(gpus=0, cpus=job.cluster.cpus_per_replica or max(world, share))
+
+
+def _too_large(world: int, limit: str) -> ModelError:
+    return ModelError(
+        f"model.engine: tensor_parallel_size x pipeline_parallel_size is {world}, but {limit}",
+        "Lower tensor_parallel_size, or run on a machine with more.",
+    )
+
+
+def receipts(
+    plan: Plan, columns: list[str], spec: WorkerSpec, share: Resources
+) -> Iterator[Receipt]:
+    """Run the plan's pending units through worker actors; yield a receipt per committed unit.
+
+    Raises:
+        AxbatchError: what a worker raised; a ClusterError if Ray itself gave up.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    replicas = spec.job.cluster.range
+    in_flight = units_in_flight(spec.job, plan)
+    context = DataContext.get_current()
+    # A block is cut as soon as it exceeds this: every unit is its own block, and so its own task.
+    context.target_max_block_size = 1
+    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    context.enable_progress_bars = False
+    source = UnitSource(plan, columns)
+    dataset = ray.data.read_datasource(
+        source,
+        override_num_blocks=source.task_count,
+        num_cpus=READER_CPUS,
+        concurrency=min(MAX_READERS, 2 * replicas.max),
+    ).map_batches(
+        Worker,
+        fn_constructor_args=[spec],
+        batch_size=1,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=share.cpus,
+        num_gpus=share.gpus or None,
+        compute=ActorPoolStrategy(
+            min_size=replicas.min,
+            max_size=replicas.max,
+            max_tasks_in_flight_per_actor=in_flight,
+        ),
+        max_concurrency=in_flight,
+    )
+    try:
+        for row in dataset.iter_rows():
+            yield decode_receipt(row["receipt"])
+    except Exception as error:
+        raise _from_ray(error) from error
+
+
+def units_in_flight(job: JobConfig, plan: Plan) -> int:
+    """Units that a worker holds at once: half as many rows again as its engine computes at once,
+    and one unit more, so that the engine does not drain while a part is committed."""
+    rows = min((s.shard.rows_per_unit for s in plan.shards if s.pending), default=1)
+    return min(MAX_UNITS_IN_FLIGHT, math.ceil(1.5 * job.model.max_num_seqs / rows) + 1)
+
+
+def _from_ray(error: BaseException) -> AxbatchError:
+    """The AxbatchError that a worker raised, found in what Ray wrapped around it."""
+    link: BaseException | None = error
+    while link is not None:
+        for candidate in (link, getattr(link, "cause", None)):
+            if isinstance(candidate, AxbatchError):
+                return candidate
+        link = link.__cause__ or link.__context__
+    return ClusterError(
+        f"Ray gave up: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+        "See the log; then run the same command again, it goes on where it stopped.",
+    )

@@ -1,0 +1,378 @@
+"""The job file: every key, typed, with its meaning beneath it. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import JobFileError
+
+
+class Section(BaseModel):
+    """A part of the job file: immutable, and strict about names and types."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _no_credentials(url: str) -> str:
+    if re.search(r"://[^/@\s]+:[^/@\s]+@", url):
+        raise ValueError(
+            "holds a user name and password; take them out and use environment variables"
+        )
+    return url
+
+
+class InputConfig(Section):
+    """What is read. Exactly one of `path` and `dataset`."""
+
+    path: str | list[str] | None = None
+    """File, folder, glob, or a list of them; local, s3:// or hf://. Parquet is read in place;
+    .jsonl, .json, .csv and .txt files are staged to Parquet once."""
+
+    dataset: str | None = None
+    """A `datasets` hub id or a local dataset folder; staged to Parquet once."""
+
+    subset: str | None = None
+    """The dataset's configuration name, where it has several."""
+
+    split: str = "train"
+    """The dataset's split."""
+
+    rows_per_unit: int = Field(256, ge=1, le=65_536)
+    """Rows that are committed together, at most; fewer where rows are long."""
+
+    @field_validator("path")
+    @classmethod
+    def _path_has_no_credentials(cls, path: str | list[str] | None) -> str | list[str] | None:
+        for url in [path] if isinstance(path, str) else path or []:
+            _no_credentials(url)
+        return path
+
+    @model_validator(mode="after")
+    def _one_source(self) -> InputConfig:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either `path` or `dataset`")
+        return self
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else list(self.path or [])
+
+
+class OutputConfig(Section):
+    """Where the result goes."""
+
+    path: str
+    """Folder; local or s3://. One output file per input file, of the same name."""
+
+    column: str = Field(min_length=1)
+    """The result column; null unless the row's `_status` is ok."""
+
+    _safe = field_validator("path")(_no_credentials)
+
+
+class ModelConfig(Section):
+    """Which model answers, and through which engine."""
+
+    id: str = Field(min_length=1)
+    """Hub id, local folder, or "demo" (embedded, tiny, for trying things out)."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the hub id."""
+
+    backend: Literal["vllm", "http", "echo"] = "vllm"
+    """vllm: in process. http: an OpenAI-compatible server. echo: no model, answers its prompt."""
+
+    base_url: str | None = None
+    """backend http: the server's address up to and including /v1."""
+
+    api_key_env: str = Field("OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """backend http: the environment variable that holds the key (the key never stands here)."""
+
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """The engine's own options. vllm: `vllm serve` options with underscores, passed through.
+    http: max_num_seqs, timeout. echo: see pipeline/engine/echo.py."""
+
+    _safe = field_validator("base_url")(lambda url: url if url is None else _no_credentials(url))
+
+    @model_validator(mode="after")
+    def _base_url_goes_with_http(self) -> ModelConfig:
+        if (self.backend == "http") != (self.base_url is not None):
+            raise ValueError("`base_url` is needed with `backend: http`, and only there")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """GPUs (or CPU ranks) that one replica takes: tensor x pipeline parallel size."""
+        tensor = int(self.engine.get("tensor_parallel_size", 1))
+        return tensor * int(self.engine.get("pipeline_parallel_size", 1))
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that one replica computes at once. vLLM's own default (128 when started
+        from Python) starves a large GPU, so it is always set."""
+        return int(self.engine.get("max_num_seqs", 256))
+
+
+class SamplingConfig(Section):
+    """Sampling parameters of every request, by their OpenAI and vLLM names."""
+
+    temperature: float = Field(0.0, ge=0, le=2)
+    """0 is greedy."""
+
+    max_tokens: int = Field(1024, ge=1)
+    """Most tokens of one answer; an answer cut off there is not ok."""
+
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Nucleus sampling."""
+
+    top_k: int | None = None
+    """Only the k likeliest tokens (vLLM)."""
+
+    seed: int | None = None
+    """Makes sampling repeatable, within one engine version."""
+
+    stop: list[str] | None = None
+    """Strings that end an answer."""
+
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    """Against tokens already seen."""
+
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    """Against tokens seen often."""
+
+    repetition_penalty: float | None = Field(None, gt=0)
+    """Against repetition (vLLM); 1 is none."""
+
+    def body(self) -> dict[str, Any]:
+        """The keys of an OpenAI chat body that were set."""
+        return self.model_dump(exclude_none=True)
+
+
+class ReplicaRange(Section):
+    """An elastic number of replicas."""
+
+    min: int = Field(1, ge=1)
+    """Start with so many."""
+
+    max: int = Field(ge=1)
+    """Grow to so many while there is work."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReplicaRange:
+        if self.min > self.max:
+            raise ValueError("`min` is larger than `max`")
+        return self
+
+
+class ClusterConfig(Section):
+    """Where it runs. Nothing here changes the output."""
+
+    replicas: int | ReplicaRange = 1
+    """Engines, each on tensor_parallel_size x pipeline_parallel_size GPUs: a number, or min/max."""
+
+    address: str | None = None
+    """A running Ray cluster; null: the environment's RAY_ADDRESS, else Ray on this machine."""
+
+    cpus_per_replica: int | None = Field(None, ge=1)
+    """CPUs of an engine without GPU; null: this machine's cores shared among the replicas."""
+
+    @field_validator("replicas")
+    @classmethod
+    def _at_least_one(cls, replicas: int | ReplicaRange) -> int | ReplicaRange:
+        if isinstance(replicas, int) and replicas < 1:
+            raise ValueError("must be at least 1")
+        return replicas
+
+    @property
+    def range(self) -> ReplicaRange:
+        if isinstance(self.replicas, ReplicaRange):
+            return self.replicas
+        return ReplicaRange(min=self.replicas, max=self.replicas)
+
+
+class LimitsConfig(Section):
+    """When the outcome counts as bad."""
+
+    max_failed_fraction: float = Field(0.01, ge=0, le=1)
+    """Most rows that may end not ok, as a share of all; above it the exit code is 3."""
+
+
+class JobConfig(Section):
+    """One job file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Names the job on a cluster: letters, digits, dot, dash, underscore."""
+
+    task: dict[str, Any]
+    """What is done to a row: `kind` and that kind's own keys."""
+
+    input: InputConfig
+    output: OutputConfig
+    model: ModelConfig
+    sampling: SamplingConfig = SamplingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("task")
+    @classmethod
+    def _task_has_a_kind(cls, task: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(task.get("kind"), str):
+            raise ValueError("needs a `kind`, for instance `kind: translate`")
+        return task
+
+
+# Engine options that change speed or placement only. Every other option may change the output
+# and is part of the job's identity.
+EXECUTION_OPTIONS = frozenset({
+    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_seqs",
+    "max_num_batched_tokens", "gpu_memory_utilization", "kv_cache_memory_bytes", "enforce_eager",
+    "enable_prefix_caching", "enable_chunked_prefill", "distributed_executor_backend",
+    "disable_log_stats", "scheduling_policy", "swap_space", "load_format", "download_dir",
+    "compilation_config", "timeout", "seconds_per_request", "seconds_per_prompt_token",
+    "seconds_per_completion_token",
+})  # fmt: skip
+
+
+def identity_fields(job: JobConfig, task: dict[str, Any]) -> dict[str, Any]:
+    """All that decides the output, by dotted name; `task` is the task's own account of itself."""
+    engine = {k: v for k, v in job.model.engine.items() if k not in EXECUTION_OPTIONS}
+    return _flatten({
+        "task": task,
+        "output": {"column": job.output.column},
+        "model": {
+            "id": job.model.id,
+            "revision": job.model.revision,
+            "backend": job.model.backend,
+            "engine": engine,
+        },
+        "sampling": job.sampling.body(),
+    })  # fmt: skip
+
+
+def identity_hash(fields: dict[str, Any]) -> str:
+    """16 hex digits of the SHA-256 over the canonical JSON of `fields`."""
+    canonical = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a job file and apply `a.b=c` overrides (values are YAML).
+
+    Raises:
+        JobFileError: no such file, not YAML, an unknown key, a wrong type or value.
+    """
+    tree = _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_section(JobConfig, tree, where=str(path))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JobFileError(f"{path}: no such job file", "See configs/ for files to copy.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobFileError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise JobFileError(f"{path}{line}: not valid YAML: {problem}") from None
+    if not isinstance(tree, dict):
+        raise JobFileError(f"{path}: is not a job file (no keys at the top)")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise JobFileError(
+            f"--set {override}: not of the form a.b=c", "Example: --set output.path=out"
+        )
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise JobFileError(f"--set {override}: `{parent}` holds a value, not further keys")
+        tree = child
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise JobFileError(f"--set {override}: the value is not valid YAML") from None
+
+
+def parse_section(section: type[S], tree: Any, where: str, prefix: str = "") -> S:
+    """Validate `tree`; the first error becomes a JobFileError that names file, key and remedy."""
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise _job_file_error(section, error, where, prefix) from None
+
+
+def _job_file_error(
+    section: type[Section], error: ValidationError, where: str, prefix: str
+) -> JobFileError:
+    # An unknown key explains the missing one it was meant to be, so it comes first.
+    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first, more = errors[0], len(errors) - 1
+    location = [str(part) for part in first["loc"] if not _is_union_label(str(part))]
+    key = prefix + ".".join(location)
+    rest = f" (and {more} more)" if more else ""
+    match first["type"]:
+        case "extra_forbidden":
+            known = _known_keys(section, location[:-1])
+            return JobFileError(f"{where}: {key}: unknown key{rest}", _nearest(location[-1], known))
+        case "missing":
+            return JobFileError(f"{where}: {key}: is missing{rest}")
+        case _:
+            message = first["msg"].removeprefix("Value error, ")
+            given = first["input"]
+            shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool) else ""
+            secret = "password" in message
+            return JobFileError(f"{where}: {key}: {message}{'' if secret else shown}{rest}")
+
+
+def _is_union_label(part: str) -> bool:
+    return part in {"int", "str", "ReplicaRange"} or part.startswith(("list[", "function-"))
+
+
+def _known_keys(section: type[Section], location: Sequence[str]) -> list[str]:
+    """Names of the fields at `location`, walking down the sections."""
+    fields: dict[str, Any] = dict(section.model_fields)
+    for part in location:
+        kinds = [fields[part].annotation, *getattr(fields[part].annotation, "__args__", ())]
+        nested = [k for k in kinds if isinstance(k, type) and issubclass(k, Section)]
+        fields = dict(nested[0].model_fields) if nested else {}
+    return sorted(fields)
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return f"Did you mean `{near[0]}`?"
+    return f"Known keys here: {', '.join(known)}."

@@ -1,0 +1,50 @@
+"""Engines take an OpenAI chat body and give a completion. One protocol, three of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from pipeline.config import ModelConfig
+from pipeline.records import Completion
+
+
+class EngineGone(Exception):
+    """The engine died. Its worker must leave, so that another one takes the units."""
+
+
+class Engine(Protocol):
+    """A model that answers. Built in a worker process, used from one event loop."""
+
+    max_num_seqs: int
+    """Requests computed at once; a worker keeps a little more in flight."""
+
+    control_tokens: Sequence[str]
+    """Strings that the tokenizer would take for control tokens; may be empty if unknown."""
+
+    async def chat(self, body: Mapping[str, Any]) -> Completion:
+        """Answer one chat body (`messages` and sampling keys).
+
+        Raises RowRejected (`too_long`, `bad_request`), RowFailed (`engine_error`), EngineGone.
+        """
+        ...
+
+
+def start_engine(model: ModelConfig, cpus: int) -> Engine:
+    """Start the engine of `model`; `cpus` is what it may use where it has no GPU.
+
+    Raises EngineError or ModelError with the engine's own reason.
+    """
+    match model.backend:
+        case "vllm":
+            from pipeline.engine.vllm import VllmEngine
+
+            return VllmEngine(model, cpus)
+        case "http":
+            from pipeline.engine.http import HttpEngine
+
+            return HttpEngine(model)
+        case "echo":
+            from pipeline.engine.echo import EchoEngine
+
+            return EchoEngine(model)

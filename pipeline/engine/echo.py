@@ -1,0 +1,68 @@
+"""echo: no model. Answers with its last message, after a time that can be set.
+
+For tests, dry runs of a whole job, and benchmarks of everything but the model. A token is a
+whitespace-separated word here. Options under `model.engine`:
+
+    seconds_per_request, seconds_per_prompt_token, seconds_per_completion_token   default 0
+    max_num_seqs    requests at once, default 256
+    max_model_len   prompt and answer together, default 32768
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.config import ModelConfig, Section, parse_section
+from pipeline.errors import RowRejected
+from pipeline.records import Completion, Usage
+
+
+class EchoOptions(Section):
+    """The cost model a + b * prompt + c * completion, in seconds, and the limits."""
+
+    seconds_per_request: float = Field(0.0, ge=0)
+    seconds_per_prompt_token: float = Field(0.0, ge=0)
+    seconds_per_completion_token: float = Field(0.0, ge=0)
+    max_num_seqs: int = Field(256, ge=1)
+    max_model_len: int = Field(32_768, ge=1)
+
+
+class EchoEngine:
+    """Deterministic; never fails."""
+
+    control_tokens: Sequence[str] = ()
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._options = parse_section(EchoOptions, model.engine, "job file", "model.engine.")
+        self.max_num_seqs = self._options.max_num_seqs
+        self._slots = asyncio.Semaphore(self.max_num_seqs)
+
+    async def chat(self, body: Mapping[str, Any]) -> Completion:
+        options = self._options
+        answer = str(body["messages"][-1]["content"])
+        words = answer.split()
+        prompt = sum(len(str(message["content"]).split()) for message in body["messages"])
+        if prompt + 1 > options.max_model_len:
+            raise RowRejected(f"too_long: {prompt} tokens of {options.max_model_len}")
+        limit = min(int(body.get("max_tokens", len(words))), options.max_model_len - prompt)
+        finish_reason = "stop"
+        if len(words) > limit:
+            answer, finish_reason = " ".join(words[:limit]), "length"
+        completion = min(len(words), limit)
+        seconds = (
+            options.seconds_per_request
+            + options.seconds_per_prompt_token * prompt
+            + options.seconds_per_completion_token * completion
+        )
+        if seconds:
+            async with self._slots:
+                await asyncio.sleep(seconds)  # the cost model, not synchronisation
+        return Completion(
+            {"role": "assistant", "content": answer},
+            finish_reason,
+            Usage(1, prompt, 0, completion),
+        )

@@ -1,0 +1,107 @@
+"""http: an OpenAI-compatible server, through the `openai` client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import openai
+from pydantic import Field
+
+from pipeline.config import ModelConfig, Section, parse_section
+from pipeline.errors import EngineError, RowFailed, RowRejected
+from pipeline.records import Completion, Usage
+
+
+class HttpOptions(Section):
+    """Options under `model.engine`."""
+
+    max_num_seqs: int = Field(64, ge=1)
+    """Requests in flight to the server, per replica."""
+
+    timeout: float = Field(600.0, gt=0)
+    """Seconds for one answer."""
+
+    max_retries: int = Field(5, ge=0)
+    """Tries after the first, with the client's exponential backoff, on 408, 409, 429, 5xx and
+    lost connections."""
+
+
+class HttpEngine:
+    """Asks a server. The key comes from the environment variable `model.api_key_env`."""
+
+    control_tokens: Sequence[str] = ()
+
+    def __init__(self, model: ModelConfig) -> None:
+        options = parse_section(HttpOptions, model.engine, "job file", "model.engine.")
+        self.max_num_seqs = options.max_num_seqs
+        self._model = model
+        self._options = options
+        self._slots = asyncio.Semaphore(options.max_num_seqs)
+        self._client = openai.AsyncOpenAI(
+            base_url=model.base_url,
+            # The client insists on a key; servers without one ignore it.
+            api_key=os.environ.get(model.api_key_env) or "none",
+            timeout=options.timeout,
+            max_retries=options.max_retries,
+        )
+        check_server(model)
+
+    async def chat(self, body: Mapping[str, Any]) -> Completion:
+        known = {"messages", "temperature", "max_tokens", "top_p", "seed", "stop",
+                 "presence_penalty", "frequency_penalty"}  # fmt: skip
+        named = {key: value for key, value in body.items() if key in known}
+        extra = {key: value for key, value in body.items() if key not in known}
+        try:
+            async with self._slots:
+                answer = await self._client.chat.completions.create(
+                    model=self._model.id, extra_body=extra or None, **named
+                )
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            too_long = error.code == "context_length_exceeded" or "context length" in str(error)
+            code = "too_long" if too_long else "bad_request"
+            raise RowRejected(f"{code}: {' '.join(error.message.split())[:200]}") from None
+        except openai.OpenAIError as error:
+            raise RowFailed(f"engine_error: {type(error).__name__}") from None
+        choice, usage = answer.choices[0], answer.usage
+        details = usage.prompt_tokens_details if usage else None
+        return Completion(
+            choice.message.model_dump(exclude_none=True),
+            choice.finish_reason,
+            Usage(
+                1,
+                usage.prompt_tokens if usage else 0,
+                (details.cached_tokens or 0) if details else 0,
+                usage.completion_tokens if usage else 0,
+            ),
+        )
+
+
+def check_server(model: ModelConfig) -> None:
+    """Raises EngineError if the server is away, refuses the key or lacks the model."""
+    client = openai.OpenAI(
+        base_url=model.base_url,
+        api_key=os.environ.get(model.api_key_env) or "none",
+        timeout=20,
+        max_retries=2,
+    )
+    try:
+        served = [entry.id for entry in client.models.list()]
+    except openai.AuthenticationError:
+        raise EngineError(
+            f"{model.base_url}: the server refused the key",
+            f"Put the key into the environment variable {model.api_key_env}.",
+        ) from None
+    except openai.NotFoundError:
+        return  # a server without a model list; the first request will tell
+    except openai.OpenAIError as error:
+        raise EngineError(
+            f"{model.base_url}: no answer ({error})", "Start the server or mend `model.base_url`."
+        ) from None
+    if served and model.id not in served:
+        raise EngineError(
+            f"{model.base_url}: does not serve `{model.id}` (it has {', '.join(served[:5])})",
+            "Set `model.id` to one of these.",
+        )

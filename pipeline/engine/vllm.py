@@ -1,0 +1,174 @@
+"""vllm: AsyncLLM in this process, spoken to through vLLM's own chat serving.
+
+vLLM renders the template, tokenises, parses tool calls and enforces schemas exactly as
+`vllm serve` does; there is no HTTP in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from pipeline.config import ModelConfig
+from pipeline.engine import EngineGone
+from pipeline.engine.cores import claim_cores, omp_binding
+from pipeline.errors import EngineError, ModelError, RowFailed, RowRejected
+from pipeline.records import Completion, Usage
+from pipeline.tokens import is_control_token
+
+DEFAULT_OPTIONS: dict[str, Any] = {
+    # vLLM started from Python falls back to 2048 batched tokens, a fraction of a GPU's worth.
+    "max_num_batched_tokens": 8192,
+    # Without it the usage does not say how many prompt tokens came from the prefix cache.
+    "enable_prompt_tokens_details": True,
+    "disable_log_stats": True,
+}
+
+CPU_KV_CACHE_GIB = 1
+"""KV cache of an engine without a GPU, unless `kv_cache_memory_bytes` says otherwise."""
+
+
+class VllmEngine:
+    """One model on `tensor_parallel_size` x `pipeline_parallel_size` GPUs, or on CPU cores."""
+
+    def __init__(self, model: ModelConfig, cpus: int) -> None:
+        _prepare_environment(model, cpus)
+        import torch
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self.max_num_seqs = model.max_num_seqs
+        self._dead = EngineDeadError
+        self._args = _serve_args(model, has_gpu=torch.cuda.is_available())
+        try:
+            self._llm = AsyncLLM.from_engine_args(_engine_args(self._args))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise EngineError(_first_line(error), "Mend `model` in the job file.") from error
+        tokenizer = self._llm.renderer.tokenizer
+        self.control_tokens: Sequence[str] = [
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if is_control_token(token.content, token.special)
+        ]
+        self._serving: Any = None
+        self._starting = asyncio.Lock()
+
+    async def chat(self, body: Mapping[str, Any]) -> Completion:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        serving = self._serving or await self._start_serving()
+        try:
+            request = ChatCompletionRequest(model=self._args.model, **body)
+            response = await serving.create_chat_completion(request)
+        except self._dead as error:
+            raise EngineGone(_first_line(error)) from error
+        except ValueError as error:  # pydantic's and vLLM's validation errors derive from it
+            self._refuse(str(error))
+        if hasattr(response, "error"):
+            if self._llm.errored:
+                raise EngineGone(response.error.message)
+            if response.error.code >= 500:
+                raise RowFailed(f"engine_error: {response.error.message[:200]}")
+            self._refuse(response.error.message)
+        choice, usage = response.choices[0], response.usage
+        cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+        return Completion(
+            choice.message.model_dump(exclude_none=True),
+            choice.finish_reason,
+            Usage(1, usage.prompt_tokens, cached or 0, usage.completion_tokens or 0),
+        )
+
+    async def _start_serving(self) -> Any:
+        """vLLM's serving objects want the running event loop, which __init__ doesn't have."""
+        from starlette.datastructures import State
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+        async with self._starting:
+            if self._serving is None:
+                state = State()
+                tasks = await self._llm.get_supported_tasks()
+                await init_app_state(self._llm, state, self._args, tasks)
+                self._serving = state.openai_serving_chat
+        return self._serving
+
+    def _refuse(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
+        too_long = "maximum context length" in message or "max_model_len" in message
+        raise RowRejected(f"{'too_long' if too_long else 'bad_request'}: {message[:200]}")
+
+
+def _prepare_environment(model: ModelConfig, cpus: int) -> None:
+    """What vLLM takes from the environment. What the user has set there stays."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    # Only engines without a GPU read these.
+    if "kv_cache_memory_bytes" not in model.engine:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))
+    if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        ranks = model.world_size
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = omp_binding(claim_cores(cpus), ranks)
+
+
+def _serve_args(model: ModelConfig, has_gpu: bool) -> Any:
+    """The namespace of `vllm serve` with these options. Raises ModelError for a wrong one."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vllm is untyped here
+        def error(self, message: str) -> NoReturn:
+            raise ModelError(f"model.engine: {message}", _nearest_option(message, self))
+
+    options = {**DEFAULT_OPTIONS, "max_num_seqs": model.max_num_seqs, **model.engine}
+    options["model"] = model.id
+    if model.revision is not None:
+        options |= {"revision": model.revision, "tokenizer_revision": model.revision}
+    if model.world_size > 1:
+        # One replica's GPUs are one node's; vLLM must not build a Ray cluster inside ours.
+        options.setdefault("distributed_executor_backend", "mp")
+    parser = make_arg_parser(Parser())
+    return parser.parse_args(_command_line(options))
+
+
+def _engine_args(args: Any) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return AsyncEngineArgs.from_cli_args(args)
+
+
+def _command_line(options: Mapping[str, Any]) -> list[str]:
+    """`{"max_num_seqs": 8, "enforce_eager": True}` -> `--max-num-seqs 8 --enforce-eager`."""
+    line: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        match value:
+            case True:
+                line.append(f"--{flag}")
+            case False:
+                line.append(f"--no-{flag}")
+            case None:
+                continue
+            case dict():
+                line += [f"--{flag}", json.dumps(value)]
+            case list():
+                line += [f"--{flag}", *map(str, value)]
+            case _:
+                line += [f"--{flag}", str(value)]
+    return line
+
+
+def _nearest_option(message: str, parser: Any) -> str:
+    known = [o[2:].replace("-", "_") for o in parser._option_string_actions if o[:2] == "--"]
+    wrong = [word[2:].replace("-", "_") for word in message.split() if word.startswith("--")]
+    near = difflib.get_close_matches(wrong[0].rstrip(":"), known, n=1) if wrong else []
+    if near:
+        return f"Did you mean `{near[0]}`?"
+    return "These are the options of `vllm serve`, with underscores."
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

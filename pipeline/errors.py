@@ -1,0 +1,98 @@
+"""Every error a user can meet, in one tree. The message says what, where and what next.
+
+AxbatchError
+├── JobFileError        the job file or the arguments are wrong              exit 2
+├── InputError          the input is missing, unreadable or unsuitable       exit 2
+├── ModelError          the model folder or its options are wrong            exit 2
+├── RefusedError        changed identity or input, or another run is active  exit 4
+├── StorageError        storage refused or did not answer                    exit 1
+├── ClusterError        Ray is not there, or has too little room             exit 1
+├── EngineError         the engine did not start or is gone                  exit 1
+├── VerifyError         the output is not what was promised                  exit 1
+└── RowError            one row or one request; becomes the row's status
+    ├── RowRejected     this input cannot be done as asked
+    └── RowFailed       the machinery failed; trying again may help
+"""
+
+from __future__ import annotations
+
+EXIT_TOO_MANY_NOT_OK = 3
+EXIT_INTERRUPTED = 130
+
+
+class AxbatchError(Exception):
+    """Base of all errors that are shown to the user as one or two lines."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = str(self.args[0])
+        return f"{message}\n  {self.hint}" if self.hint else message
+
+    def __reduce__(self) -> tuple[type[AxbatchError], tuple[str, str]]:
+        # Errors cross process borders (Ray); both arguments must survive.
+        return type(self), (str(self.args[0]), self.hint)
+
+
+class JobFileError(AxbatchError):
+    """The job file or a command-line argument is wrong."""
+
+    exit_code = 2
+
+
+class InputError(AxbatchError):
+    """The input is missing, unreadable, or lacks what the task needs."""
+
+    exit_code = 2
+
+
+class ModelError(AxbatchError):
+    """The model folder, its id or its engine options are wrong."""
+
+    exit_code = 2
+
+
+class RefusedError(AxbatchError):
+    """Going on would mix two different jobs, or two runs, in one output."""
+
+    exit_code = 4
+
+
+class StorageError(AxbatchError):
+    """Storage refused, is full, or did not answer."""
+
+
+class ClusterError(AxbatchError):
+    """Ray cannot be reached or cannot hold the replicas asked for."""
+
+
+class EngineError(AxbatchError):
+    """The engine did not start, or died and can't be replaced."""
+
+
+class VerifyError(AxbatchError):
+    """The output is not the input plus results, row for row."""
+
+
+class RowError(AxbatchError):
+    """One row's trouble. `reason` is `code` or `code: detail`, machine-readable up to the colon."""
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[0])
+
+
+class RowRejected(RowError):
+    """This input cannot be done as asked; trying again changes nothing."""
+
+
+class RowFailed(RowError):
+    """The machinery failed on this row; trying again may help."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; exit 130. Not an Exception, so that nothing swallows it."""

@@ -1,0 +1,74 @@
+"""Where a model's files are, checked before an engine is started on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.config import ModelConfig
+from pipeline.errors import ModelError
+
+DEMO = "demo"
+
+
+def resolve_model(
+    model: ModelConfig, announce: Callable[[str], None] = lambda line: None
+) -> ModelConfig:
+    """The model with `demo` and local folders as absolute paths; builds the demo model if needed.
+
+    Raises:
+        ModelError: the folder or the hub id does not hold a model, or is wrong for its options.
+    """
+    if model.backend != "vllm":
+        return model
+    if model.id == DEMO:
+        from pipeline.demo.model import ensure_demo_model
+
+        return model.model_copy(update={"id": str(ensure_demo_model(announce=announce))})
+    folder = Path(model.id).expanduser()
+    if folder.is_dir() or model.id.startswith(("/", ".", "~")):
+        _check_config(folder / "config.json", model)
+        return model.model_copy(update={"id": str(folder.absolute())})
+    _check_config(_hub_config(model), model)
+    return model
+
+
+def _hub_config(model: ModelConfig) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model.id, "config.json", revision=model.revision))
+    except (LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, HfHubHTTPError):
+            reason = f"the hub answers: {' '.join(str(error).split())[:160]}"
+        else:
+            reason = "it is not in the local cache and the hub cannot be reached"
+        raise ModelError(
+            f"model.id: `{model.id}` is no local folder, and {reason}",
+            "Mend the id or revision, set HF_TOKEN for a gated model, or give a local folder.",
+        ) from None
+    except HFValidationError:
+        raise ModelError(
+            f"model.id: `{model.id}` is neither a local folder nor a hub id (owner/name)"
+        ) from None
+
+
+def _check_config(path: Path, model: ModelConfig) -> None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"model.id: {path.parent} holds no config.json",
+            "Give a folder with config.json, tokenizer and safetensors, a hub id, or `demo`.",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.id: {path} cannot be read: {error}") from None
+    heads = config.get("num_attention_heads")
+    tensor = int(model.engine.get("tensor_parallel_size", 1))
+    if isinstance(heads, int) and heads % tensor:
+        raise ModelError(
+            f"model.engine.tensor_parallel_size: {heads} attention heads do not divide by {tensor}",
+            "Use a power of two, the smallest whose KV cache fits.",
+        )

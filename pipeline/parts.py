@@ -1,0 +1,302 @@
+"""Parts and published shards: what is on storage, and why it is always exact.
+
+    <output>/_axbatch/parts/<shard>/<unit>.parquet   results of one unit, input columns left out
+    <output>/<shard>                                 the published shard: input columns and results
+
+1. A part is created by one atomic create under a name that follows from shard and range. Its
+   existence is the commit of its rows: there is no marker and no pending state. A second writer
+   of the same unit loses (disk, S3) or overwrites whole with whole (stores without conditional
+   writes); either way the rows are there once.
+2. A shard is published, from its input file and its parts, by one atomic replace, once parts cover
+   all of its rows. Publishing twice writes the same rows.
+3. Only then are its parts deleted. So a shard is done if its output file is there; else what is
+   left to do is its rows minus the ranges that its parts cover.
+
+Both kinds of file carry, in their footer, the identity and the input's fingerprint, so that
+nothing computed for another prompt or another version of the input is ever merged in.
+Pages carry checksums, verified on every read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError, RefusedError, StorageError
+from pipeline.records import Counts, Output, Unit, Usage
+from pipeline.storage import Entry, Folder
+
+PARTS = "_axbatch/parts"
+FOOTER_KEY = "axbatch"
+USAGE_TYPE = pa.struct([(name, pa.int64()) for name in Usage.__dataclass_fields__])
+STATUS_COLUMNS = ("_status", "_reason", "_usage")
+
+# Rows (or bytes) that are held before a row group is written. A tenth of Parquet's usual
+# 1M rows: rows here are long texts.
+ROW_GROUP_ROWS = 65_536
+ROW_GROUP_BYTES = 64 << 20
+READ_ROWS = 4_096
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a part or a published shard was made from; stands in its footer."""
+
+    identity: str
+    shard: str
+    fingerprint: str
+    """Of the input file: size and etag or mtime."""
+    start: int
+    stop: int
+    counts: Counts
+    run: str
+
+    def to_footer(self) -> str:
+        fields = {**asdict(self), "counts": self.counts.to_json(), "version": 1}
+        return json.dumps(fields, ensure_ascii=False)
+
+    @classmethod
+    def from_footer(cls, footer: bytes) -> Stamp:
+        fields = json.loads(footer)
+        fields.pop("version")
+        return cls(**{**fields, "counts": Counts.from_json(fields["counts"])})
+
+
+def result_fields(column: str, value_type: pa.DataType) -> list[pa.Field]:
+    """The columns that are added to the input's."""
+    return [
+        pa.field(column, value_type),
+        pa.field("_status", pa.string()),
+        pa.field("_reason", pa.string()),
+        pa.field("_usage", USAGE_TYPE),
+    ]
+
+
+def result_table(outputs: Sequence[Output], column: str, value_type: pa.DataType) -> pa.Table:
+    """Outputs as Arrow, one row each, in order. Shape: len(outputs) x 4."""
+    arrays = [
+        pa.array([output.value for output in outputs], value_type),
+        pa.array([output.status for output in outputs], pa.string()),
+        pa.array([output.reason for output in outputs], pa.string()),
+        pa.array([asdict(output.usage) for output in outputs], USAGE_TYPE),
+    ]
+    return pa.table(arrays, schema=pa.schema(result_fields(column, value_type)))
+
+
+def commit_part(output: Folder, stamp: Stamp, results: pa.Table) -> bool:
+    """Create the part of rows [stamp.start, stamp.stop). False if it was there already."""
+    unit = Unit(stamp.shard, stamp.start, stamp.stop)
+    buffer = io.BytesIO()
+    with _writer(buffer, results.schema) as writer:
+        writer.write_table(results)
+        writer.add_key_value_metadata({FOOTER_KEY: stamp.to_footer()})
+    return output.create(part_path(unit), buffer.getvalue())
+
+
+def parts_among(entries: Iterable[Entry]) -> dict[str, list[Unit]]:
+    """Committed units by shard, in row order, from a listing of the output."""
+    parts: dict[str, list[Unit]] = {}
+    for entry in entries:
+        if entry.path.startswith(PARTS + "/"):
+            shard, _, file = entry.path.removeprefix(PARTS + "/").rpartition("/")
+            parts.setdefault(shard, []).append(Unit.from_id(shard, file.removesuffix(".parquet")))
+    return {shard: sorted(units) for shard, units in parts.items()}
+
+
+def missing_ranges(rows: int, parts: Iterable[Unit]) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of [0, rows) that no part covers."""
+    gaps, position = [], 0
+    for part in sorted(parts):
+        if part.start > position:
+            gaps.append((position, part.start))
+        position = max(position, part.stop)
+    if position < rows:
+        gaps.append((position, rows))
+    return gaps
+
+
+def read_stamp(output: Folder, path: str) -> Stamp | None:
+    """The stamp in the footer of `path`; None if axbatch didn't write the file."""
+    with output.open(path) as source, input_errors(f"{output.url}/{path}"):
+        metadata = pq.read_metadata(source).metadata or {}
+    footer = metadata.get(FOOTER_KEY.encode())
+    return Stamp.from_footer(footer) if footer else None
+
+
+def part_path(unit: Unit) -> str:
+    return f"{PARTS}/{unit.shard}/{unit.id}.parquet"
+
+
+def publish(
+    source: Folder, source_path: str, output: Folder, stamp: Stamp, fields: Sequence[pa.Field]
+) -> Counts:
+    """Merge a complete shard's input and parts into its output file, then drop the parts.
+
+    `stamp` covers the whole shard; its counts are ignored and computed here, from the rows.
+    Memory: about one row group, whatever the size of the shard.
+
+    Raises:
+        StorageError: rows are missing, or a page checksum is wrong.
+        RefusedError: a part was made with another identity or from another input.
+    """
+    counts = Counts()
+    results = _results_in_order(output, stamp, counts)
+    with source.open(source_path) as file, input_errors(f"{source.url}/{source_path}"):
+        parquet = open_parquet(file)
+        schema = output_schema(parquet.schema_arrow, fields)
+        with output.replacing(stamp.shard) as sink, _writer(sink, schema) as writer:
+            buffered: list[pa.Table] = []
+            for batch in parquet.iter_batches(batch_size=READ_ROWS):
+                merged = _beside(batch, results, schema)
+                buffered.append(merged)
+                if _is_row_group(buffered):
+                    writer.write_table(pa.concat_tables(buffered))
+                    buffered = []
+            writer.write_table(pa.concat_tables([*buffered, schema.empty_table()]))
+            done = Stamp(**{**vars(stamp), "counts": counts})
+            writer.add_key_value_metadata({FOOTER_KEY: done.to_footer()})
+    output.delete_folder(f"{PARTS}/{stamp.shard}")
+    return counts
+
+
+def output_schema(input_schema: pa.Schema, fields: Sequence[pa.Field]) -> pa.Schema:
+    """The input's columns, then the result's."""
+    metadata = dict(input_schema.metadata or {})
+    # `datasets` refuses a file whose own feature list lacks columns; without it, it infers them.
+    metadata.pop(b"huggingface", None)
+    metadata.pop(FOOTER_KEY.encode(), None)
+    return pa.schema([*input_schema, *fields], metadata=metadata)
+
+
+def open_parquet(file: pa.NativeFile) -> pq.ParquetFile:
+    """Open for streaming: a row group is read page by page, never fetched whole, so that one
+    row group of millions of rows needs no more memory than a small one."""
+    return pq.ParquetFile(
+        file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
+    )
+
+
+@contextmanager
+def input_errors(url: str) -> Iterator[None]:
+    """Turn Arrow's and the filesystem's complaints about `url` into an InputError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{url}: no such file") from error
+    except (pa.ArrowException, OSError) as error:
+        # Arrow reports damaged pages and headers as OSError too, without an errno.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        text = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{url}: not readable as Parquet: {text}",
+            "Replace or remove the file, then run again.",
+        ) from error
+
+
+class _Results:
+    """Hands out the shard's results, `n` rows at a time, in row order, from its parts."""
+
+    def __init__(self, tables: Iterator[pa.Table]) -> None:
+        self._tables = tables
+        self._current = next(tables, None)
+        self._used = 0
+
+    def take(self, rows: int) -> pa.Table:
+        taken: list[pa.Table] = []
+        while rows:
+            if self._current is None:
+                raise StorageError("the parts of a shard do not cover its rows")
+            piece = self._current.slice(self._used, rows)
+            taken.append(piece)
+            rows -= piece.num_rows
+            self._used += piece.num_rows
+            if self._used == self._current.num_rows:
+                self._current, self._used = next(self._tables, None), 0
+        return pa.concat_tables(taken)
+
+
+def _results_in_order(output: Folder, stamp: Stamp, counts: Counts) -> _Results:
+    """Results of all rows once, from parts that may overlap where two runs cut units apart."""
+
+    def tables() -> Iterator[pa.Table]:
+        position = 0
+        listing = output.list(f"{PARTS}/{stamp.shard}")
+        for unit in parts_among(listing).get(stamp.shard, []):
+            if unit.stop <= position or unit.start > position:
+                continue
+            table = _read_part(output, unit, stamp).slice(position - unit.start)
+            count_rows(table, counts)
+            yield table
+            position = unit.stop
+        if position != stamp.stop:
+            raise StorageError(
+                f"{output.url}: rows {position} to {stamp.stop} of {stamp.shard} have no part",
+                "Run the same command again; it redoes what is missing.",
+            )
+
+    return _Results(tables())
+
+
+def _read_part(output: Folder, unit: Unit, stamp: Stamp) -> pa.Table:
+    path = part_path(unit)
+    with output.open(path) as file, input_errors(f"{output.url}/{path}"):
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        made = Stamp.from_footer(parquet.metadata.metadata[FOOTER_KEY.encode()])
+        check_same_origin(made, stamp.identity, stamp.fingerprint, f"{output.url}/{path}")
+        return parquet.read().replace_schema_metadata(None)
+
+
+def check_same_origin(made: Stamp, identity: str, fingerprint: str, url: str) -> None:
+    """Raises RefusedError if `made` belongs to another job or another version of its input."""
+    if made.identity != identity:
+        raise RefusedError(
+            f"{url}: was made by a job with identity {made.identity}, this one is {identity}",
+            "Give this job an `output.path` of its own.",
+        )
+    if made.fingerprint != fingerprint:
+        raise RefusedError(
+            f"{url}: the input file {made.shard} has changed since (was {made.fingerprint}, "
+            f"is {fingerprint})",
+            "Put the old file back, or give the job a new `output.path`.",
+        )
+
+
+def count_rows(results: pa.Table, counts: Counts) -> None:
+    """Add the statuses, reasons and usage of a table with the result columns to `counts`."""
+    for entry in results["_status"].value_counts().to_pylist():
+        counts.statuses[entry["values"]] += entry["counts"]
+    not_ok = results.filter(pc.is_valid(results["_reason"]))
+    for status, reason in zip(
+        not_ok["_status"].to_pylist(), not_ok["_reason"].to_pylist(), strict=True
+    ):
+        counts.reasons[f"{status}: {reason.partition(':')[0]}"] += 1
+    totals = {
+        name: pc.sum(pc.struct_field(results["_usage"], name)).as_py() or 0
+        for name in Usage.__dataclass_fields__
+    }
+    counts.usage += Usage(**totals)
+
+
+def _beside(batch: pa.RecordBatch, results: _Results, schema: pa.Schema) -> pa.Table:
+    taken = results.take(batch.num_rows)
+    columns = [*batch.columns, *taken.columns]
+    return pa.table(columns, schema=schema)
+
+
+def _is_row_group(tables: Sequence[pa.Table]) -> bool:
+    rows = sum(table.num_rows for table in tables)
+    size: int = sum(table.nbytes for table in tables)
+    return rows >= ROW_GROUP_ROWS or size >= ROW_GROUP_BYTES
+
+
+def _writer(sink: IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True)

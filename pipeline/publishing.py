@@ -1,0 +1,74 @@
+"""Publishes each shard as soon as its last receipt is in, beside the run, off the engines' path."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+from pipeline.parts import Stamp, publish, result_fields
+from pipeline.plan import Plan, ShardPlan
+from pipeline.records import Counts, Receipt
+from pipeline.storage import Folder
+from pipeline.task import Task
+
+# Merging streams, and Arrow works outside of Python's lock: a few threads of the driver keep up
+# with any number of engines that produce text.
+THREADS = 4
+
+
+class Publisher:
+    """Knows how many rows each shard still lacks. Leave its block to wait for what is under way."""
+
+    def __init__(self, plan: Plan, output: Folder, task: Task, column: str, run: str) -> None:
+        self.counts = plan.published_counts
+        """Of all rows in published shards."""
+        self._identity = plan.identity
+        self._output = output
+        self._fields = result_fields(column, task.output_type)
+        self._run = run
+        self._shards = {shard.shard.name: shard for shard in plan.unpublished}
+        self._missing = {name: shard.pending_rows for name, shard in self._shards.items()}
+        self._received: dict[str, set[int]] = {name: set() for name in self._shards}
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="publish")
+        self._publishing: list[Future[Counts]] = []
+
+    def __enter__(self) -> Publisher:
+        for name, missing in list(self._missing.items()):
+            if missing == 0:
+                self._publish(name)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        if error is None:
+            for publishing in self._publishing:
+                self.counts.add(publishing.result())
+
+    def received(self, receipt: Receipt) -> None:
+        """Count a committed unit, once; publish its shard if it was the last."""
+        unit = receipt.unit
+        if unit.start in self._received[unit.shard]:
+            return
+        self._received[unit.shard].add(unit.start)
+        self._missing[unit.shard] -= unit.rows
+        if self._missing[unit.shard] == 0:
+            self._publish(unit.shard)
+
+    def _publish(self, name: str) -> None:
+        self._received[name].clear()
+        self._publishing.append(self._pool.submit(self._merge, self._shards[name]))
+
+    def _merge(self, planned: ShardPlan) -> Counts:
+        shard = planned.shard
+        stamp = Stamp(
+            identity=self._identity,
+            shard=shard.name,
+            fingerprint=shard.fingerprint,
+            start=0,
+            stop=shard.rows,
+            counts=Counts(),
+            run=self._run,
+        )
+        return publish(shard.source, shard.path, self._output, stamp, self._fields)

@@ -1,0 +1,105 @@
+"""What the terminal shows at the end: tables of a plan, a status, a summary; example rows."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.parts import open_parquet
+from pipeline.plan import Plan
+from pipeline.records import STATUSES, Counts
+from pipeline.run import Summary
+from pipeline.status import Status
+from pipeline.storage import Folder
+
+EXAMPLES = 5
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    facts = plan.to_json()
+    table = _facts_table("Plan")
+    table.add_row("files", f"{facts['shards']:,}")
+    table.add_row("rows", f"{facts['rows']:,}")
+    table.add_row("size", f"{facts['bytes'] / 1e6:,.1f} MB")
+    table.add_row("to do", f"{facts['rows_pending']:,} rows in {facts['units_pending']:,} units")
+    table.add_row("published", f"{facts['shards_published']:,} of {facts['shards']:,} files")
+    table.add_row("identity", facts["identity"])
+    console.print(table)
+
+
+def show_status(status: Status, console: Console) -> None:
+    plan = status.plan
+    table = _facts_table("Status")
+    done = plan.rows - plan.pending_rows
+    table.add_row("rows done", f"{done:,} of {plan.rows:,}")
+    published = len(plan.shards) - len(plan.unpublished)
+    table.add_row("files published", f"{published:,} of {len(plan.shards):,}")
+    _add_counts(table, status.counts)
+    if status.last_run:
+        table.add_row("last run", f"{status.last_run['run']}, {status.last_run['seconds']:.0f} s")
+    console.print(table)
+
+
+def show_summary(summary: Summary, console: Console) -> None:
+    table = _facts_table("Done")
+    table.add_row("rows", f"{summary.counts.rows:,}")
+    _add_counts(table, summary.counts)
+    rows, seconds = summary.run_counts.rows, summary.seconds
+    if rows:
+        speed = f"{rows / max(seconds, 1e-9):,.1f} ({rows:,} rows in {seconds:.1f} s"
+        table.add_row("rows/s", f"{speed}, {summary.wall_seconds:.0f} s with starting)")
+    else:
+        table.add_row("this run", "nothing to do: all rows were done before, no engine started")
+    table.add_row("output", escape(summary.output))
+    if summary.log:
+        table.add_row("log", escape(summary.log))
+    console.print(table)
+
+
+def show_examples(
+    output: Folder, plan: Plan, columns: list[str], column: str, console: Console
+) -> None:
+    """The first rows of each file in turn, five in all: the task's columns and the result."""
+    table = Table(show_lines=True, title_justify="left")
+    for name in (*columns, column, "_status"):
+        table.add_column(name, overflow="fold")
+    per_shard = -(-EXAMPLES // max(1, len(plan.shards)))
+    shown = 0
+    for shard in plan.shards:
+        with output.open(shard.shard.name) as file:
+            names = [*columns, column, "_status"]
+            first: pa.RecordBatch | None = next(
+                open_parquet(file).iter_batches(EXAMPLES, columns=names), None
+            )
+        for row in first.to_pylist()[:per_shard] if first else []:
+            if shown < EXAMPLES:
+                table.add_row(*(escape(str(row[name])) for name in names))
+                shown += 1
+    console.print(table)
+
+
+def _add_counts(table: Table, counts: Counts) -> None:
+    for status in STATUSES:
+        reasons = ", ".join(
+            f"{reason.partition(': ')[2]} {count:,}"
+            for reason, count in sorted(counts.reasons.items())
+            if reason.startswith(status)
+        )
+        table.add_row(
+            status, f"{counts.statuses[status]:,}" + (f"  ({reasons})" if reasons else "")
+        )
+    usage = counts.usage
+    cached = f" ({usage.cached_tokens:,} cached)" if usage.cached_tokens else ""
+    table.add_row("tokens in", f"{usage.prompt_tokens:,}{cached}")
+    table.add_row("tokens out", f"{usage.completion_tokens:,}")
+
+
+def _facts_table(title: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    return table

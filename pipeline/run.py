@@ -1,0 +1,197 @@
+"""One run of a job: plan, run, commit, publish, report. It resumes by itself."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from jobs import load_task
+from pipeline import __version__
+from pipeline.config import JobConfig, identity_fields, identity_hash
+from pipeline.errors import EXIT_TOO_MANY_NOT_OK, Interrupted, RefusedError
+from pipeline.logs import engines_lock, redirect_output, run_log
+from pipeline.model import resolve_model
+from pipeline.plan import Plan, make_plan
+from pipeline.progress import Progress, shown
+from pipeline.publishing import Publisher
+from pipeline.reaper import wait_for_guards
+from pipeline.records import Counts
+from pipeline.storage import Folder
+
+JOB_FILE = "_axbatch/job.json"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to."""
+
+    run: str
+    output: str
+    log: str | None
+    """None if there was nothing to do."""
+    identity: str
+    counts: Counts
+    """Of all rows of the job."""
+    run_counts: Counts
+    """Of the rows that this run computed."""
+    seconds: float
+    """Of computing, without the engines' start."""
+    wall_seconds: float
+    exit_code: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "version": __version__,
+            "output": self.output,
+            "log": self.log,
+            "identity": self.identity,
+            "job": self.counts.to_json(),
+            "this_run": self.run_counts.to_json(),
+            "seconds": round(self.seconds, 3),
+            "wall_seconds": round(self.wall_seconds, 3),
+            "exit_code": self.exit_code,
+        }
+
+
+def run_job(job: JobConfig, console: Console) -> Summary:
+    """Complete the job, or what is left of it. This process's stdout and stderr go to the run's
+    log from the first unit on; `console` must not depend on them.
+
+    Raises:
+        AxbatchError: see errors.py.
+        Interrupted: after SIGINT or SIGTERM; what was committed stays.
+    """
+    started, run = time.monotonic(), new_run_id()
+    task, output = load_task(job), Folder(job.output.path)
+    with interruptible():
+        fields = identity_fields(job, task.identity())
+        identity = identity_hash(fields)
+        check_identity(output, fields)
+        plan = make_plan(job, task, identity)
+        progress = Progress(plan, job.cluster.range.max)
+        log = None
+        with Publisher(plan, output, task, job.output.column, run) as publisher:
+            if plan.unpublished:
+                record_job(output, job, fields)
+            if plan.pending_rows:
+                console.print(_opening(plan), highlight=False, soft_wrap=True)
+                resolve_model(job.model, announce=console.print)
+                log = run_log(output, run)
+                redirect_output(log)
+                with shown(progress, console):
+                    _compute(job, plan, task.columns, run, progress, publisher)
+        summary = Summary(
+            run=run,
+            output=output.url,
+            log=str(log) if log else None,
+            identity=identity,
+            counts=publisher.counts,
+            run_counts=progress.counts,
+            seconds=progress.seconds,
+            wall_seconds=time.monotonic() - started,
+            exit_code=exit_code(publisher.counts, job),
+        )
+        if plan.unpublished:
+            record = json.dumps(summary.to_json(), indent=1)
+            output.replace(f"_axbatch/runs/{run}.json", record.encode())
+    return summary
+
+
+def _compute(
+    job: JobConfig,
+    plan: Plan,
+    columns: list[str],
+    run: str,
+    progress: Progress,
+    publisher: Publisher,
+) -> None:
+    # Ray takes a second to import; a run with nothing to do never needs it.
+    from pipeline.cluster import ray_cluster, receipts
+    from pipeline.worker import WorkerSpec
+
+    log = run_log(Folder(job.output.path), run)
+    try:
+        # Ray puts its own handler of SIGTERM in place of ours when it starts.
+        with ray_cluster(job) as share, interruptible():
+            spec = WorkerSpec(job, plan.identity, run, log, share.cpus)
+            for receipt in receipts(plan, columns, spec, share):
+                progress.add(receipt)
+                publisher.received(receipt)
+    finally:
+        # Whoever comes next on this machine needs the memory that engines still hold.
+        wait_for_guards(engines_lock(run))
+
+
+def check_identity(output: Folder, fields: dict[str, Any]) -> None:
+    """Raises RefusedError, naming the fields that differ, if `output` holds another job's rows."""
+    try:
+        before = json.loads(output.read(JOB_FILE))["identity"]
+    except FileNotFoundError:
+        return
+    changed = [
+        f"{key}: was {_short(before.get(key))}, is {_short(fields.get(key))}"
+        for key in sorted(before.keys() | fields.keys())
+        if before.get(key) != fields.get(key)
+    ]
+    if changed:
+        raise RefusedError(
+            f"{output.url} was made by a different job ({'; '.join(changed)})",
+            "Put these back, or give the job a new `output.path`; mixing both is never right.",
+        )
+
+
+def record_job(output: Folder, job: JobConfig, fields: dict[str, Any]) -> None:
+    """Write the identity and the resolved job file beside the output, where status finds them."""
+    record = {"version": __version__, "identity": fields, "job": job.model_dump()}
+    output.replace(JOB_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
+
+
+def exit_code(counts: Counts, job: JobConfig) -> int:
+    """0 within `limits`, else 3."""
+    allowed = job.limits.max_failed_fraction * counts.rows
+    return EXIT_TOO_MANY_NOT_OK if counts.not_ok > allowed else 0
+
+
+def new_run_id() -> str:
+    """Sorts by start time; unique where two start in one second."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted in this block; a second one is ignored while the
+    first is being handled, so that engines and temporary files are always cleared away."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        for handled in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(handled, signal.SIG_IGN)
+        raise Interrupted
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _opening(plan: Plan) -> str:
+    done = plan.rows - plan.pending_rows
+    before = f", {done:,} rows done before" if done else ""
+    return f"{plan.pending_rows:,} rows to do in {len(plan.unpublished):,} file(s){before}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

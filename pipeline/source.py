@@ -1,0 +1,136 @@
+"""The Ray Data source: one dataset row is one unit, with the unit's rows nested in it.
+
+Ray Data does not keep block boundaries, so a unit must be a row to stay whole. Its rows travel as
+one Arrow IPC message: files whose column types differ then need no common schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from pipeline.parts import input_errors, open_parquet
+from pipeline.plan import Plan, Shard, ShardPlan
+from pipeline.records import Unit
+from pipeline.storage import Folder
+
+UNIT_SCHEMA = pa.schema([
+    ("shard", pa.string()),
+    ("start", pa.int64()),
+    ("stop", pa.int64()),
+    ("fingerprint", pa.string()),
+    ("rows", pa.large_binary()),
+])  # fmt: skip
+
+TASK_ROWS = 1 << 18
+"""Rows that one read task covers, so that a very large file is read by several at once."""
+
+
+def encode_unit(unit: Unit, fingerprint: str, rows: pa.Table) -> pa.Table:
+    """A unit as one row of UNIT_SCHEMA."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    return pa.table(
+        [[unit.shard], [unit.start], [unit.stop], [fingerprint], [sink.getvalue().to_pybytes()]],
+        schema=UNIT_SCHEMA,
+    )
+
+
+def decode_unit(block: pa.Table) -> tuple[Unit, str, pa.Table]:
+    """The unit, its input's fingerprint, and its rows: the inverse of `encode_unit`."""
+    fields = {name: block[name][0] for name in UNIT_SCHEMA.names}
+    unit = Unit(fields["shard"].as_py(), fields["start"].as_py(), fields["stop"].as_py())
+    with pa.ipc.open_stream(fields["rows"].as_buffer()) as reader:
+        return unit, fields["fingerprint"].as_py(), reader.read_all()
+
+
+def read_units(
+    source: Folder, path: str, columns: list[str], units: Iterable[Unit]
+) -> Iterator[tuple[Unit, pa.Table]]:
+    """Rows of each unit (ascending, disjoint), read as a stream; row groups without one of them
+    are skipped, and no more than a batch is held."""
+    wanted = iter(units)
+    unit = next(wanted, None)
+    with source.open(path) as file, input_errors(f"{source.url}/{path}"):
+        parquet = open_parquet(file)
+        position = 0
+        held: list[pa.RecordBatch] = []
+        for group in range(parquet.num_row_groups):
+            group_rows = parquet.metadata.row_group(group).num_rows
+            if unit is None:
+                return
+            if unit.start >= position + group_rows:
+                position += group_rows
+                continue
+            batch_size = max(unit.rows, 1024)
+            for batch in parquet.iter_batches(batch_size, row_groups=[group], columns=columns):
+                end = position + batch.num_rows
+                while unit is not None and unit.start < end:
+                    first = max(unit.start, position) - position
+                    last = min(unit.stop, end) - position
+                    held.append(batch.slice(first, last - first))
+                    if unit.stop > end:
+                        break
+                    yield unit, pa.Table.from_batches(held)
+                    held, unit = [], next(wanted, None)
+                position = end
+
+
+class UnitSource(Datasource):  # type: ignore[misc]  # ray is untyped here
+    """Pending units of a plan. One read task per shard, more for a very large one."""
+
+    def __init__(self, plan: Plan, columns: list[str]) -> None:
+        self._tasks = [
+            _read_task(shard.shard, columns, units)
+            for shard in plan.shards
+            for units in _task_units(shard)
+        ]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        return self._tasks
+
+    @property
+    def task_count(self) -> int:
+        """Ray Data splits blocks further unless it is told just this number of them."""
+        return len(self._tasks)
+
+
+def _read_task(shard: Shard, columns: list[str], units: list[Unit]) -> ReadTask:
+    metadata = BlockMetadata(
+        num_rows=len(units), size_bytes=None, input_files=[shard.path], exec_stats=None
+    )
+    return ReadTask(_reader(shard, columns, units), metadata, schema=UNIT_SCHEMA)
+
+
+def _reader(
+    shard: Shard, columns: list[str], units: list[Unit]
+) -> Callable[[], Iterable[pa.Table]]:
+    source, path, fingerprint = shard.source, shard.path, shard.fingerprint
+
+    def read() -> Iterator[pa.Table]:
+        for unit, rows in read_units(source, path, columns, units):
+            yield encode_unit(unit, fingerprint, rows)
+
+    return read
+
+
+def _task_units(shard: ShardPlan) -> Iterator[list[Unit]]:
+    """Units of one read task each, in row order."""
+    units: list[Unit] = []
+    rows = 0
+    for unit in shard.units():
+        units.append(unit)
+        rows += unit.rows
+        if rows >= TASK_ROWS:
+            yield units
+            units, rows = [], 0
+    if units:
+        yield units

@@ -1,0 +1,291 @@
+"""Files and objects by URL: list, read, create atomically, replace atomically.
+
+`create` is the commit of the whole product. On a local disk: temporary file, fsync, hard link to
+the final name (fails if it exists), fsync of the directory. On S3: one PUT with `If-None-Match: *`.
+Both leave either nothing or the whole file under the final name. S3's multipart completion is not
+used for it: some stores ignore the condition there and overwrite.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import fsspec
+import pyarrow as pa
+
+from pipeline.errors import AxbatchError, InputError, StorageError
+
+MULTIPART_BYTES = 64 << 20
+"""Size of one piece of a large upload; S3 allows 10,000 pieces, so a file may have 640 GB."""
+
+
+@dataclass(frozen=True, order=True)
+class Entry:
+    """A file: its path below the folder that was listed, its size in bytes, and a tag that
+    changes when the content is replaced (etag on object stores, mtime in ns on disk)."""
+
+    path: str
+    size: int
+    tag: str
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.size}:{self.tag}"
+
+
+class Folder:
+    """A folder on local disk or an object store. Paths are relative to it, with `/`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url if "://" in url else str(Path(url).expanduser().absolute())
+        self.filesystem, self.root = filesystem_of(self.url)
+        self.is_local = "file" in _protocols(self.filesystem)
+
+    def __truediv__(self, path: str) -> Folder:
+        return Folder(posixpath.join(self.url, path))
+
+    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
+        return type(self), (self.url,)
+
+    def full(self, path: str) -> str:
+        """The filesystem's own path of `path`. Raises StorageError if it leaves the folder."""
+        joined = posixpath.normpath(posixpath.join(self.root, path))
+        if joined != self.root.rstrip("/") and not joined.startswith(self.root.rstrip("/") + "/"):
+            raise StorageError(f"{path}: lies outside {self.url}")
+        return joined
+
+    def list(self, path: str = "") -> list[Entry]:
+        """All files below `path`, sorted; empty if there is no such folder."""
+        top = self.full(path)
+        with storage_errors(self.url):
+            try:
+                found = self.filesystem.find(top, detail=True)
+            except FileNotFoundError:
+                return []
+        base = self.root.rstrip("/") + "/"
+        return sorted(_entry(name.removeprefix(base), info) for name, info in found.items())
+
+    def exists(self, path: str) -> bool:
+        with storage_errors(self.url):
+            return bool(self.filesystem.exists(self.full(path)))
+
+    def open(self, path: str) -> pa.NativeFile:
+        """A file to read at any position. The caller closes it."""
+        with storage_errors(f"{self.url}/{path}"):
+            return open_input(self.filesystem, self.full(path))
+
+    def read(self, path: str) -> bytes:
+        with storage_errors(f"{self.url}/{path}"):
+            return cast(bytes, self.filesystem.cat_file(self.full(path)))
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a whole file, or nothing. False if the name was taken: first writer wins."""
+        with storage_errors(f"{self.url}/{path}"):
+            if self.is_local:
+                return self._link(path, data)
+            return self._put_if_absent(path, data)
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a whole file over what may be there; readers see the old or the new one."""
+        with self.replacing(path) as sink:
+            sink.write(data)
+
+    @contextmanager
+    def replacing(self, path: str) -> Iterator[IO[bytes]]:
+        """A sink for a large file that appears under its name only if the block ends well."""
+        with storage_errors(f"{self.url}/{path}"):
+            if self.is_local:
+                with self._temporary() as (sink, temporary):
+                    yield sink
+                    _flush(sink)
+                    final = Path(self.full(path))
+                    final.parent.mkdir(parents=True, exist_ok=True)
+                    temporary.replace(final)
+                    _sync_directory(final.parent)
+                return
+            sink = self.filesystem.open(
+                self.full(path), "wb", autocommit=False, block_size=MULTIPART_BYTES
+            )
+            try:
+                yield sink
+                sink.close()
+                sink.commit()
+            except BaseException:
+                # Leaving a `with` block would complete the upload: a truncated file, published.
+                sink.discard()
+                sink.closed = True  # else its finaliser tries to flush the discarded upload
+                raise
+
+    def delete_folder(self, path: str) -> None:
+        """Remove a folder and all below it; fine if it is gone already."""
+        with storage_errors(f"{self.url}/{path}"):
+            try:
+                self.filesystem.rm(self.full(path), recursive=True)
+            except FileNotFoundError:
+                return
+
+    @contextmanager
+    def _temporary(self) -> Iterator[tuple[IO[bytes], Path]]:
+        # On the output's own filesystem, and in a folder that readers of the output skip.
+        temporary = Path(self.full(f"_axbatch/tmp/{uuid.uuid4().hex}"))
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as sink:
+            try:
+                yield sink, temporary
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def _link(self, path: str, data: bytes) -> bool:
+        final = Path(self.full(path))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with self._temporary() as (sink, temporary):
+            sink.write(data)
+            _flush(sink)
+            try:
+                final.hardlink_to(temporary)
+            except FileExistsError:
+                return False
+        _sync_directory(final.parent)
+        return True
+
+    def _put_if_absent(self, path: str, data: bytes) -> bool:
+        bucket, key, _ = self.filesystem.split_path(self.full(path))
+        try:
+            self.filesystem.call_s3(
+                "put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"
+            )
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if _is_precondition_failed(error):
+                return False
+            raise
+        return True
+
+
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """fsspec's filesystem for `url` and the path in it. Raises StorageError if unknown."""
+    options: dict[str, Any] = {}
+    if url.startswith(("s3://", "s3a://")):
+        # A cached listing hides parts that other processes have committed meanwhile.
+        options = {"use_listings_cache": False}
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
+    except (ValueError, ImportError) as error:
+        raise StorageError(f"{url}: {error}", "Known: local paths, s3://, hf://.") from None
+    return filesystem, path
+
+
+def open_input(filesystem: Any, path: str) -> pa.NativeFile:
+    """A readable, seekable Arrow file: native on disk, through fsspec elsewhere."""
+    if "file" in _protocols(filesystem):
+        return pa.OSFile(path, "rb")
+    # Arrow asks for exact ranges; fsspec's read-ahead would fetch most of them twice.
+    return pa.PythonFile(filesystem.open(path, "rb", cache_type="none"), mode="r")
+
+
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turn what filesystems raise into errors that say what to do. FileNotFoundError passes."""
+    try:
+        yield
+    except (AxbatchError, FileNotFoundError, pa.ArrowException):
+        raise
+    except PermissionError as error:
+        raise StorageError(
+            f"{url}: access denied ({_short(error)})", "Check the credentials and their rights."
+        ) from error
+    except OSError as error:
+        hint = (
+            "Free some space, then run the same command again."
+            if error.errno == 28
+            else ("Nothing half-written counts; run the same command again once storage is back.")
+        )
+        raise StorageError(f"{url}: {_short(error)}", hint) from error
+    except Exception as error:
+        # botocore's errors share no base with OSError and are not importable without it.
+        if not type(error).__module__.startswith(("botocore", "aiobotocore", "huggingface_hub")):
+            raise
+        hint = (
+            "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or an instance role."
+            if "redential" in type(error).__name__
+            else "Check the address (AWS_ENDPOINT_URL) and the network."
+        )
+        raise StorageError(f"{url}: {_short(error)}", hint) from error
+
+
+def find_files(url: str) -> tuple[Folder, list[Entry]]:
+    """Resolve a file, folder or glob into its root folder and the data files below it.
+
+    The root is the folder itself, the file's folder, or the part of a glob before its first
+    wildcard: what output names are relative to. Names with a part that starts with `_` or `.`
+    are skipped, as Hive's readers do.
+
+    Raises:
+        InputError: nothing there.
+    """
+    url = url if "://" in url else str(Path(url).expanduser().absolute())
+    filesystem, path = filesystem_of(url)
+    with storage_errors(url):
+        if any(wildcard in path for wildcard in "*?["):
+            found = {k: v for k, v in filesystem.glob(path, detail=True).items()
+                     if v["type"] == "file"}  # fmt: skip
+            literal = path[: min(path.find(w) for w in "*?[" if w in path)]
+            root, what = posixpath.dirname(literal), "no file matches"
+        elif filesystem.isfile(path):
+            found, root = {path: filesystem.info(path)}, posixpath.dirname(path)
+            what = "no such file"
+        elif filesystem.isdir(path):
+            found, root, what = filesystem.find(path, detail=True), path, "the folder is empty"
+        else:
+            raise InputError(f"{url}: no such file or folder", "Check `input.path`.")
+    base = root.rstrip("/") + "/"
+    entries = sorted(_entry(name.removeprefix(base), info) for name, info in found.items())
+    visible = [e for e in entries if not any(p[0] in "_." for p in e.path.split("/"))]
+    if not visible:
+        raise InputError(f"{url}: {what}", "Check `input.path`.")
+    return Folder(filesystem.unstrip_protocol(root) if "://" in url else root), visible
+
+
+def _entry(path: str, info: dict[str, Any]) -> Entry:
+    for key in ("ETag", "etag", "blob_id", "LastModified", "mtime"):
+        if info.get(key) is not None:
+            return Entry(path, int(info["size"]), str(info[key]).strip('"'))
+    return Entry(path, int(info["size"]), "")
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _is_precondition_failed(error: OSError) -> bool:
+    # s3fs names the condition only if the server's reply does; Ceph and Swift answer plain 412.
+    response = getattr(error.__cause__, "response", None) or {}
+    return bool(response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412)
+
+
+def _short(error: BaseException) -> str:
+    # s3fs turns a reply without a message into OSError("None"); its cause says more.
+    shown = error.__cause__ if error.__cause__ and "None" in str(error) else error
+    return " ".join(str(shown).split())[:300] or type(error).__name__
+
+
+def _flush(sink: IO[bytes]) -> None:
+    sink.flush()
+    os.fsync(sink.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,123 @@
+"""submit: hand a job to a running Ray cluster, under an id that only this job has."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import jobs
+import pipeline
+from pipeline.config import JobConfig
+from pipeline.errors import ClusterError, RefusedError
+from pipeline.storage import Folder
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that Ray has taken."""
+
+    id: str
+    address: str
+
+    @property
+    def follow(self) -> str:
+        return f"ray job logs --follow --address {self.address} {self.id}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "address": self.address}
+
+
+def submission_id(job: JobConfig) -> str:
+    """Name and output folder make the id: a second job on the same output is the same job."""
+    digest = hashlib.sha256(Folder(job.output.path).url.encode()).hexdigest()[:8]
+    return f"axbatch-{re.sub(r'[^A-Za-z0-9_-]', '-', job.name)}-{digest}"
+
+
+def submit_job(job: JobConfig, address: str | None) -> Submitted:
+    """Submit `axbatch run` of this job. One that has ended may be submitted again; it resumes.
+
+    Raises:
+        ClusterError: no cluster answers at `address`.
+        RefusedError: this job is queued or runs there already.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+        where = client.get_address()
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"Ray at {address or 'the default address'}: {' '.join(str(error).split())[:200]}",
+            "Give the dashboard's address: --address http://HOST:8265.",
+        ) from error
+    identifier = submission_id(job)
+    _clear_ended(client, identifier, where)
+    with tempfile.TemporaryDirectory(prefix="axbatch-submit-") as folder:
+        resolved = _with_absolute_paths(job)
+        Path(folder, "job.yaml").write_text(
+            yaml.safe_dump(resolved.model_dump(), sort_keys=False, allow_unicode=True)
+        )
+        try:
+            client.submit_job(
+                entrypoint=shlex.join(["python", "-m", "pipeline.cli", "run", "job.yaml"]),
+                submission_id=identifier,
+                runtime_env={
+                    "working_dir": folder,
+                    "py_modules": [_folder(pipeline), _folder(jobs)],
+                },
+            )
+        except RuntimeError as error:
+            # Ray decides between two who submit at the same moment.
+            if "already exists" not in str(error):
+                raise ClusterError(f"Ray at {where}: {error}") from error
+            raise _active(identifier, where) from error
+    return Submitted(identifier, where)
+
+
+def _clear_ended(client: Any, identifier: str, address: str) -> None:
+    """Ray never takes an id twice, so the record of an ended submission makes room."""
+    known = {details.submission_id: details.status for details in client.list_jobs()}
+    status = known.get(identifier)
+    if status is None:
+        return
+    if not status.is_terminal():
+        raise _active(identifier, address)
+    client.delete_job(identifier)
+
+
+def _active(identifier: str, address: str) -> RefusedError:
+    return RefusedError(
+        f"{identifier} is queued or running at {address} already",
+        f"Follow it: ray job logs --follow --address {address} {identifier}; "
+        f"stop it: ray job stop --address {address} {identifier}",
+    )
+
+
+def _with_absolute_paths(job: JobConfig) -> JobConfig:
+    """The same job from any working directory. Local paths must be shared with the cluster."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).expanduser().absolute())
+
+    paths = [absolute(path) for path in job.input.paths]
+    model_id = job.model.id
+    if Path(model_id).expanduser().is_dir() or model_id.startswith(("/", ".", "~")):
+        model_id = absolute(model_id)
+    return job.model_copy(
+        update={
+            "input": job.input.model_copy(update={"path": paths or None}),
+            "output": job.output.model_copy(update={"path": absolute(job.output.path)}),
+            "model": job.model.model_copy(update={"id": model_id}),
+        }
+    )
+
+
+def _folder(module: Any) -> str:
+    return str(Path(module.__file__).parent)

@@ -1,0 +1,47 @@
+"""Row text on its way to the model: NFC, and nothing the tokenizer would take for a control token.
+
+A literal `<|im_end|>` inside a document tokenises to the end-of-turn id: the document could close
+its own turn and open a system turn. A zero-width space behind the first character keeps the text
+readable, to people and to the model, and the control token unmatched.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+ZERO_WIDTH_SPACE = "\u200b"
+
+# The common shape of control tokens, for engines whose tokenizer we can't ask (http).
+CONTROL_TOKEN_SHAPE = r"<\|[^<>|\s]{1,64}\|>"  # noqa: S105 (not a secret)
+
+
+def is_control_token(token: str, special: bool) -> bool:
+    """Whether an added token steers the model; added runs of spaces or plain words do not."""
+    bracketed = token[:1] + token[-1:] in ("<>", "[]") and len(token) > 2
+    return bool(token.strip()) and (special or bracketed)
+
+
+class RowText:
+    """Makes row values safe to template. Call it with any row value; text inside is found."""
+
+    def __init__(self, control_tokens: Iterable[str] = ()) -> None:
+        literals = sorted(set(control_tokens), key=lambda token: (-len(token), token))
+        alternatives = [*map(re.escape, literals), CONTROL_TOKEN_SHAPE]
+        self._control = re.compile("|".join(alternatives))
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._control.sub(_split_token, unicodedata.normalize("NFC", value))
+        if isinstance(value, Mapping):
+            return {key: self(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self(item) for item in value]
+        return value
+
+
+def _split_token(match: re.Match[str]) -> str:
+    token = match.group()
+    return token[0] + ZERO_WIDTH_SPACE + token[1:]

@@ -1,0 +1,131 @@
+"""verify: the output is the input plus results, row for row; proven by reading both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import InputError, VerifyError
+from pipeline.parts import READ_ROWS, Stamp, count_rows, input_errors, open_parquet
+from pipeline.plan import Plan, Shard, ShardPlan
+from pipeline.records import STATUSES, Counts
+from pipeline.storage import Folder
+
+THREADS = 4
+
+
+def verify_output(plan: Plan, output: Folder, column: str) -> Counts:
+    """Read every shard's input and output side by side, all checksums on.
+
+    `make_plan` has compared identities and fingerprints already.
+
+    Raises:
+        VerifyError: a shard is not published, or differs; names the file and the rows.
+    """
+    for shard in plan.unpublished:
+        raise VerifyError(
+            f"{shard.shard.name}: not published, {shard.pending_rows:,} of "
+            f"{shard.shard.rows:,} rows still to do",
+            "Run the job to its end first: axbatch run.",
+        )
+    total = Counts()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for counts in pool.map(lambda shard: _verify_shard(shard, output, column), plan.shards):
+            total.add(counts)
+    return total
+
+
+def _verify_shard(planned: ShardPlan, output: Folder, column: str) -> Counts:
+    shard, stamp = planned.shard, planned.published
+    assert stamp is not None
+    url = f"{output.url}/{shard.name}"
+    counts = Counts()
+    try:
+        for start, given, made in _side_by_side(shard, output):
+            rows = f"rows {start} to {start + given.num_rows}"
+            _check_input_columns(given, made, f"{url}: {rows}")
+            _check_results(made, column, f"{url}: {rows}")
+            count_rows(pa.Table.from_batches([made]), counts)
+    except InputError as error:
+        raise VerifyError(error.args[0], f"Delete {url} and run the job again.") from error
+    _check_stamp(stamp, shard, counts, url)
+    return counts
+
+
+def _side_by_side(
+    shard: Shard, output: Folder
+) -> Iterator[tuple[int, pa.RecordBatch, pa.RecordBatch]]:
+    """Batches of the same rows of input and output, with the number of their first row."""
+    with (
+        shard.source.open(shard.path) as input_file,
+        output.open(shard.name) as output_file,
+        input_errors(f"{output.url}/{shard.name}"),
+    ):
+        given, made = open_parquet(input_file), open_parquet(output_file)
+        if given.metadata.num_rows != made.metadata.num_rows:
+            raise VerifyError(
+                f"{output.url}/{shard.name}: has {made.metadata.num_rows:,} rows, its input has "
+                f"{given.metadata.num_rows:,}"
+            )
+        made_batches = _Rows(made.iter_batches(READ_ROWS))
+        start = 0
+        for batch in given.iter_batches(READ_ROWS):
+            yield start, batch, made_batches.take(batch.num_rows)
+            start += batch.num_rows
+
+
+class _Rows:
+    """Re-cuts batches: row groups end elsewhere in the input than in the output."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self._held: list[pa.RecordBatch] = []
+        self._rows = 0
+
+    def take(self, rows: int) -> pa.RecordBatch:
+        while self._rows < rows:
+            batch = next(self._batches)
+            self._held.append(batch)
+            self._rows += batch.num_rows
+        table = pa.Table.from_batches(self._held).combine_chunks()
+        self._held = table.slice(rows).to_batches()
+        self._rows -= rows
+        return table.slice(0, rows).combine_chunks().to_batches()[0]
+
+
+def _check_input_columns(given: pa.RecordBatch, made: pa.RecordBatch, where: str) -> None:
+    for index, field in enumerate(given.schema):
+        other = made.column(index)
+        if made.schema.field(index).name != field.name or other.type != field.type:
+            raise VerifyError(f"{where}: column {index} is not the input's `{field.name}`")
+        if not given.column(index).equals(other) and not _same_with_nans(
+            given.column(index), other
+        ):
+            raise VerifyError(f"{where}: column `{field.name}` differs from the input's")
+
+
+def _same_with_nans(given: pa.Array, made: pa.Array) -> bool:
+    """Arrow's `equals` holds NaN unequal to itself; then the serialised bytes decide."""
+    batches = [pa.record_batch([pa.concat_arrays([a])], names=["column"]) for a in (given, made)]
+    return bool(batches[0].serialize().equals(batches[1].serialize()))
+
+
+def _check_results(made: pa.RecordBatch, column: str, where: str) -> None:
+    status, value, reason = made["_status"], made[column], made["_reason"]
+    if not pc.all(pc.is_in(status, pa.array(STATUSES))).as_py():
+        raise VerifyError(f"{where}: a `_status` that is none of {', '.join(STATUSES)}")
+    ok = pc.equal(status, "ok")
+    if not pc.equal(ok, pc.is_valid(value)).equals(pa.array([True] * len(ok))):
+        raise VerifyError(f"{where}: `{column}` must hold a value just where `_status` is ok")
+    if not pc.equal(ok, pc.is_null(reason)).equals(pa.array([True] * len(ok))):
+        raise VerifyError(f"{where}: `_reason` must be given just where `_status` is not ok")
+
+
+def _check_stamp(stamp: Stamp, shard: Shard, counts: Counts, url: str) -> None:
+    if stamp.shard != shard.name or (stamp.start, stamp.stop) != (0, shard.rows):
+        raise VerifyError(f"{url}: its footer speaks of another shard")
+    if stamp.counts.to_json() != counts.to_json():
+        raise VerifyError(f"{url}: its footer's counts are not those of its rows")

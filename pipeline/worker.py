@@ -1,0 +1,170 @@
+"""The worker: one engine and one task, many rows and units at once, one commit per unit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from jobs import load_task
+from pipeline.config import JobConfig
+from pipeline.engine import EngineGone, start_engine
+from pipeline.errors import EngineError, RowError, RowFailed, RowRejected
+from pipeline.logs import engines_lock, redirect_output, root_cause
+from pipeline.model import resolve_model
+from pipeline.parts import Stamp, commit_part, result_table
+from pipeline.reaper import guard_children
+from pipeline.records import Completion, Counts, Message, Output, Receipt, Row, Unit, Usage
+from pipeline.source import decode_unit
+from pipeline.storage import Folder
+from pipeline.tokens import RowText
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker needs to know; travels to it once."""
+
+    job: JobConfig
+    identity: str
+    run: str
+    log: Path
+    cpus: int
+    """CPU cores for an engine without GPU."""
+
+
+class Worker:
+    """The callable of Ray Data's map: a block with one unit in, a block with its receipt out."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        redirect_output(spec.log)
+        guard_children(engines_lock(spec.run))
+        self._spec = spec
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._task = load_task(spec.job)
+        self._output = Folder(spec.job.output.path)
+        self._sampling = spec.job.sampling.body()
+        log_size = spec.log.stat().st_size
+        try:
+            self._engine = start_engine(resolve_model(spec.job.model), spec.cpus)
+        except EngineError as error:
+            cause = root_cause(spec.log, log_size)
+            raise EngineError(f"the engine did not start: {cause or error.args[0]}") from error
+        self._clean = RowText(self._engine.control_tokens)
+
+    async def __call__(self, block: pa.Table) -> dict[str, list[str]]:
+        started = time.monotonic()
+        unit, fingerprint, rows = decode_unit(block)
+        try:
+            outputs = await asyncio.gather(*(self._run_row(row) for row in _rows_of(rows)))
+        except EngineGone as gone:
+            # Ray retries the unit elsewhere and replaces this worker only if the process ends.
+            print(f"axbatch: engine of {self._name} is gone: {gone}", flush=True)
+            os._exit(1)
+        counts = await asyncio.to_thread(self._commit, unit, fingerprint, outputs)
+        receipt = Receipt(unit, counts, self._name, time.monotonic() - started)
+        return {"receipt": [encode_receipt(receipt)]}
+
+    async def _run_row(self, row: Row | RowError) -> Output:
+        """One row's output, whatever happens to it. Only EngineGone passes."""
+        usage = Usage()
+
+        async def generate(messages: list[Message], **body: Any) -> Completion:
+            nonlocal usage
+            completion = await self._engine.chat({"messages": messages, **self._sampling, **body})
+            usage += completion.usage
+            return completion
+
+        try:
+            if isinstance(row, RowError):
+                raise row
+            output = await self._task.run(self._clean(row), generate)
+        except RowRejected as error:
+            output = Output(None, "rejected", error.reason)
+        except RowFailed as error:
+            output = Output(None, "failed", error.reason)
+        except EngineGone:
+            raise
+        except Exception as error:
+            # A bug in a task kind is this row's trouble, not the job's. The type alone: the
+            # message may quote the row.
+            output = Output(None, "failed", f"task_error: {type(error).__name__}")
+        return output.with_usage(usage)
+
+    def _commit(self, unit: Unit, fingerprint: str, outputs: Sequence[Output]) -> Counts:
+        counts = Counts()
+        results = _encodable(outputs)
+        for output in results:
+            counts.count(output.status, output.reason, output.usage)
+        stamp = Stamp(
+            identity=self._spec.identity,
+            shard=unit.shard,
+            fingerprint=fingerprint,
+            start=unit.start,
+            stop=unit.stop,
+            counts=counts,
+            run=self._spec.run,
+        )
+        column = self._spec.job.output.column
+        table = result_table(results, column, self._task.output_type)
+        commit_part(self._output, stamp, table)
+        return counts
+
+
+def _rows_of(table: pa.Table) -> list[Row | RowError]:
+    """Rows as dicts; a row that Arrow can't turn into Python values is its error instead."""
+    try:
+        return list(table.to_pylist())
+    except UnicodeDecodeError:
+        return [_row_at(table, index) for index in range(table.num_rows)]
+
+
+def _row_at(table: pa.Table, index: int) -> Row | RowError:
+    try:
+        row: Row = table.slice(index, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return RowRejected("invalid_utf8")
+    return row
+
+
+def _encodable(outputs: Sequence[Output]) -> list[Output]:
+    """Outputs whose text Parquet can hold: a lone surrogate has no UTF-8."""
+    return [
+        output if _is_utf8(output.value) else Output(None, "failed", "invalid_utf8", output.usage)
+        for output in outputs
+    ]
+
+
+def _is_utf8(value: Any) -> bool:
+    if not isinstance(value, str):
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def encode_receipt(receipt: Receipt) -> str:
+    """A receipt as JSON, a few hundred bytes."""
+    unit = receipt.unit
+    return json.dumps({
+        "unit": [unit.shard, unit.start, unit.stop],
+        "counts": receipt.counts.to_json(),
+        "worker": receipt.worker,
+        "seconds": receipt.seconds,
+    })  # fmt: skip
+
+
+def decode_receipt(text: str) -> Receipt:
+    """The inverse of `encode_receipt`."""
+    fields = json.loads(text)
+    counts = Counts.from_json(fields["counts"])
+    return Receipt(Unit(*fields["unit"]), counts, fields["worker"], fields["seconds"])
