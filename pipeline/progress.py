@@ -37,6 +37,9 @@ class Progress:
         self._longest_unit = 0.0
         self._lock = threading.Lock()
 
+    def begin(self) -> None:
+        self._started = time.monotonic()
+
     def add(self, receipt: Receipt) -> None:
         with self._lock:
             now = time.monotonic()
@@ -104,7 +107,8 @@ class Progress:
 
 @contextmanager
 def shown(progress: Progress, console: Console) -> Iterator[None]:
-    """Show `progress` while the block runs."""
+    """Show `progress` while the block runs; waiting for engines counts from here."""
+    progress.begin()
     if console.is_terminal:
         with Live(progress, console=console, refresh_per_second=4, transient=True):
             yield

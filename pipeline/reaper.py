@@ -45,10 +45,32 @@ def _guard(leader: int, lock: Path) -> None:
     with lock.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         print("guarding", flush=True)
-        with suppress(ProcessLookupError):
-            select.select([os.pidfd_open(leader)], [], [])
-        with suppress(ProcessLookupError):
-            os.killpg(leader, signal.SIGKILL)
+        _wait_for_end(leader)
+        while members := _living_members(leader):
+            with suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
+            for member in members:
+                _wait_for_end(member)
+
+
+def _wait_for_end(process: int) -> None:
+    """Return once the process has ended; it may be a zombie still."""
+    with suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(process)
+        select.select([descriptor], [], [])
+        os.close(descriptor)
+
+
+def _living_members(group: int) -> list[int]:
+    """Process ids of the group, without zombies, which hold no memory."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # Fields after the name, which is in parentheses: state, parent, process group.
+            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                members.append(int(stat.parent.name))
+    return members
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.errors import EXIT_TOO_MANY_NOT_OK
 from pipeline.parts import open_parquet
 from pipeline.plan import Plan
 from pipeline.records import STATUSES, Counts
@@ -53,6 +54,10 @@ def show_summary(summary: Summary, console: Console) -> None:
     else:
         table.add_row("this run", "nothing to do: all rows were done before, no engine started")
     table.add_row("output", escape(summary.output))
+    if summary.exit_code == EXIT_TOO_MANY_NOT_OK:
+        share = 100 * summary.counts.not_ok / summary.counts.rows
+        limit = f"limits.max_failed_fraction is {100 * summary.max_failed_fraction:g}%"
+        table.add_row("[red]over the limit[/]", f"{share:.1f}% of the rows are not ok; {limit}")
     if summary.log:
         table.add_row("log", escape(summary.log))
     console.print(table)

@@ -47,6 +47,7 @@ class Summary:
     seconds: float
     """Of computing, without the engines' start."""
     wall_seconds: float
+    max_failed_fraction: float
     exit_code: int
 
     def to_json(self) -> dict[str, Any]:
@@ -100,6 +101,7 @@ def run_job(job: JobConfig, console: Console) -> Summary:
             run_counts=progress.counts,
             seconds=progress.seconds,
             wall_seconds=time.monotonic() - started,
+            max_failed_fraction=job.limits.max_failed_fraction,
             exit_code=exit_code(publisher.counts, job),
         )
         if plan.unpublished:
