@@ -13,6 +13,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
+
 from pipeline.config import ModelConfig
 from pipeline.engine import EngineGone
 from pipeline.engine.cores import claim_cores, omp_binding
@@ -59,6 +61,7 @@ class VllmEngine:
 
     async def chat(self, body: Mapping[str, Any]) -> Completion:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.exceptions import VLLMClientError, VLLMServerError
 
         serving = self._serving or await self._start_serving()
         try:
@@ -66,14 +69,16 @@ class VllmEngine:
             response = await serving.create_chat_completion(request)
         except self._dead as error:
             raise EngineGone(_first_line(error)) from error
-        except ValueError as error:  # pydantic's and vLLM's validation errors derive from it
-            self._refuse(str(error))
+        except (ValidationError, VLLMClientError) as error:
+            _refuse(str(error))
+        except VLLMServerError as error:
+            raise RowFailed(f"engine_error: {_first_line(error)[:200]}") from error
         if hasattr(response, "error"):
             if self._llm.errored:
                 raise EngineGone(response.error.message)
             if response.error.code >= 500:
                 raise RowFailed(f"engine_error: {response.error.message[:200]}")
-            self._refuse(response.error.message)
+            _refuse(response.error.message)
         choice, usage = response.choices[0], response.usage
         cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
         return Completion(
@@ -81,6 +86,10 @@ class VllmEngine:
             choice.finish_reason,
             Usage(1, usage.prompt_tokens, cached or 0, usage.completion_tokens or 0),
         )
+
+    def close(self) -> None:
+        """End the engine's processes. A worker needn't: they end with it."""
+        self._llm.shutdown()
 
     async def _start_serving(self) -> Any:
         """vLLM's serving objects want the running event loop, which __init__ doesn't have."""
@@ -95,10 +104,11 @@ class VllmEngine:
                 self._serving = state.openai_serving_chat
         return self._serving
 
-    def _refuse(self, message: str) -> NoReturn:
-        message = " ".join(message.split())
-        too_long = "maximum context length" in message or "max_model_len" in message
-        raise RowRejected(f"{'too_long' if too_long else 'bad_request'}: {message[:200]}")
+
+def _refuse(message: str) -> NoReturn:
+    message = " ".join(message.split())
+    too_long = "maximum context length" in message or "max_model_len" in message
+    raise RowRejected(f"{'too_long' if too_long else 'bad_request'}: {message[:200]}")
 
 
 def _prepare_environment(model: ModelConfig, cpus: int) -> None:
