@@ -131,7 +131,9 @@ def _submit(options: argparse.Namespace, console: Console) -> int:
         options,
         console,
         submitted.to_json(),
-        lambda: console.print(f"submitted {submitted.id}\n  follow it: {submitted.follow}"),
+        lambda: console.print(
+            f"submitted {submitted.id}\n  follow it: {submitted.follow}", soft_wrap=True
+        ),
     )
     return 0
 

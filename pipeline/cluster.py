@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
 from pipeline.config import JobConfig
 from pipeline.errors import AxbatchError, ClusterError, ModelError
 from pipeline.plan import Plan
+from pipeline.ray_settings import cluster_address
 from pipeline.records import Receipt
 from pipeline.source import UnitSource
 from pipeline.worker import Worker, WorkerSpec, decode_receipt
@@ -42,12 +46,7 @@ def ray_cluster(job: JobConfig) -> Iterator[Resources]:
         ClusterError: no cluster at the address, or too little room for the replicas.
         ModelError: one replica needs more than the largest machine has.
     """
-    # Before the import: ray reads these once.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    address = job.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(job)
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -117,9 +116,6 @@ def receipts(
     Raises:
         AxbatchError: what a worker raised; a ClusterError if Ray itself gave up.
     """
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
-
     replicas = spec.job.cluster.range
     in_flight = units_in_flight(spec.job, plan)
     context = DataContext.get_current()

@@ -24,6 +24,7 @@ from pipeline.model import resolve_model
 from pipeline.plan import Plan, make_plan
 from pipeline.progress import Progress, shown
 from pipeline.publishing import Publisher
+from pipeline.ray_settings import apply_ray_settings, cluster_address
 from pipeline.reaper import wait_for_guards
 from pipeline.records import Counts
 from pipeline.storage import Folder
@@ -118,7 +119,8 @@ def _compute(
     progress: Progress,
     publisher: Publisher,
 ) -> None:
-    # Ray takes a second to import; a run with nothing to do never needs it.
+    # Ray takes a second to import, which a run with nothing to do needn't.
+    apply_ray_settings(remote=cluster_address(job) is not None)
     from pipeline.cluster import ray_cluster, receipts
     from pipeline.worker import WorkerSpec
 

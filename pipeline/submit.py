@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shlex
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import jobs
 import pipeline
 from pipeline.config import JobConfig
 from pipeline.errors import ClusterError, RefusedError
+from pipeline.ray_settings import apply_ray_settings
 from pipeline.storage import Folder
 
 
@@ -47,18 +50,25 @@ def submit_job(job: JobConfig, address: str | None) -> Submitted:
         ClusterError: no cluster answers at `address`.
         RefusedError: this job is queued or runs there already.
     """
+    apply_ray_settings(remote=True)
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it announces every upload
     try:
         client = JobSubmissionClient(address)
         where = client.get_address()
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"Ray at {address or 'the default address'} wants a token",
+            "Put the cluster's token into RAY_AUTH_TOKEN, or into ~/.ray/auth_token.",
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"Ray at {address or 'the default address'}: {' '.join(str(error).split())[:200]}",
             "Give the dashboard's address: --address http://HOST:8265.",
         ) from error
-    identifier = submission_id(job)
-    _clear_ended(client, identifier, where)
+    identifier = _next_id(client, submission_id(job), where)
     with tempfile.TemporaryDirectory(prefix="axbatch-submit-") as folder:
         resolved = _with_absolute_paths(job)
         Path(folder, "job.yaml").write_text(
@@ -66,7 +76,7 @@ def submit_job(job: JobConfig, address: str | None) -> Submitted:
         )
         try:
             client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "pipeline.cli", "run", "job.yaml"]),
+                entrypoint=_entrypoint(),
                 submission_id=identifier,
                 runtime_env={
                     "working_dir": folder,
@@ -81,15 +91,27 @@ def submit_job(job: JobConfig, address: str | None) -> Submitted:
     return Submitted(identifier, where)
 
 
-def _clear_ended(client: Any, identifier: str, address: str) -> None:
-    """Ray never takes an id twice, so the record of an ended submission makes room."""
-    known = {details.submission_id: details.status for details in client.list_jobs()}
-    status = known.get(identifier)
-    if status is None:
-        return
-    if not status.is_terminal():
-        raise _active(identifier, address)
-    client.delete_job(identifier)
+def _entrypoint() -> str:
+    """This environment's Python where the cluster has it too, else the first on its PATH."""
+    python = shlex.quote(sys.executable)
+    run = "-m pipeline.cli run job.yaml"
+    return f"if [ -x {python} ]; then exec {python} {run}; else exec python {run}; fi"
+
+
+def _next_id(client: Any, base: str, address: str) -> str:
+    """`base`, `base-2`, …: Ray never takes an id twice, and this job may have ended before.
+
+    Two who submit at the same moment come to the same id; Ray takes one of them.
+    """
+    earlier = {
+        details.submission_id: details.status
+        for details in client.list_jobs()
+        if re.fullmatch(rf"{re.escape(base)}(-\d+)?", details.submission_id or "")
+    }
+    for identifier, status in earlier.items():
+        if not status.is_terminal():
+            raise _active(identifier, address)
+    return f"{base}-{len(earlier) + 1}" if earlier else base
 
 
 def _active(identifier: str, address: str) -> RefusedError:
