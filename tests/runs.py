@@ -1,0 +1,131 @@
+"""Real runs of the command line as processes of their own, to be waited for, watched and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+TIMEOUT_S = 240
+
+
+class Job:
+    """A job file in `folder` that reads folder/in and writes folder/out."""
+
+    def __init__(self, folder: Path, **sections: dict[str, Any]) -> None:
+        self.folder = folder
+        self.output = folder / "out"
+        self.file = folder / "job.yaml"
+        self.sections: dict[str, Any] = {
+            "name": "test",
+            "task": {"kind": "translate", "text": "en", "source": "en", "target": "ko"},
+            "input": {"path": str(folder / "in")},
+            "output": {"path": str(self.output), "column": "ko"},
+            **sections,
+        }
+        self.file.write_text(yaml.safe_dump(self.sections))
+
+    def write_input(self, name: str, table: pa.Table) -> None:
+        path = self.folder / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path, row_group_size=97)
+
+    def start(self, *arguments: str) -> Run:
+        return Run(self, arguments)
+
+    def run(self, *arguments: str) -> dict[str, Any]:
+        """Run to the end; the summary. Fails unless the exit code is 0."""
+        run = self.start("run", "--json", *arguments)
+        assert run.wait() == 0, run.errors
+        summary: dict[str, Any] = json.loads(run.printed)
+        return summary
+
+    def verify(self) -> dict[str, Any]:
+        """The verified counts. Fails unless every row is accounted for."""
+        run = self.start("verify", "--json")
+        assert run.wait() == 0, run.errors
+        counts: dict[str, Any] = json.loads(run.printed)
+        return counts
+
+    def parts(self) -> set[str]:
+        """Ids of committed units that are not published yet."""
+        found = self.output.glob("_axbatch/parts/**/*.parquet")
+        return {str(path.relative_to(self.output)) for path in found}
+
+    def rows_done(self) -> int:
+        """Rows that a resumed run must not compute again, counted from the files alone."""
+        published = sum(pq.read_metadata(path).num_rows for path in self.output.glob("*.parquet"))
+        ids = (Path(part).stem.split("-") for part in self.parts())
+        return published + sum(int(stop) - int(start) for start, stop in ids)
+
+
+class Run:
+    """One process of `axbatch`."""
+
+    def __init__(self, job: Job, arguments: tuple[str, ...]) -> None:
+        command, *rest = arguments
+        self._job = job
+        self._out = (job.folder / f"{time.monotonic_ns()}.out").open("w+")
+        self._err = (job.folder / f"{time.monotonic_ns()}.err").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.cli", command, str(job.file), *rest],
+            stdin=subprocess.DEVNULL,
+            stdout=self._out,
+            stderr=self._err,
+            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        )
+
+    def wait(self) -> int:
+        return self._process.wait(TIMEOUT_S)
+
+    def wait_for_parts(self, count: int) -> None:
+        """Return once so many units are committed or published by this or an earlier run."""
+        deadline = time.monotonic() + TIMEOUT_S
+        before = self._job.rows_done()
+        while len(self._job.parts()) < count and self._job.rows_done() <= before + 32 * count:
+            assert self._process.poll() is None, f"ended before: {self.printed}{self.errors}"
+            assert time.monotonic() < deadline, f"no parts: {self.printed}{self.errors}"
+            time.sleep(0.02)  # nothing tells us of a file from another process; we must look
+
+    def family(self) -> list[psutil.Process]:
+        """The process with all its descendants: Ray, workers, engines."""
+        driver = psutil.Process(self._process.pid)
+        return [driver, *driver.children(recursive=True)]
+
+    def worker(self) -> psutil.Process:
+        """One of its worker actors."""
+        workers = [p for p in self.family() if "MapWorker" in " ".join(p.cmdline())]
+        return workers[0]
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    @property
+    def printed(self) -> str:
+        return Path(self._out.name).read_text()
+
+    @property
+    def errors(self) -> str:
+        return Path(self._err.name).read_text()
+
+
+def engines_among(family: list[psutil.Process]) -> list[psutil.Process]:
+    """The processes that vLLM started: EngineCore and its workers."""
+    found = []
+    for process in family:
+        try:
+            if "VLLM" in process.name() or "VLLM" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found

@@ -1,0 +1,340 @@
+"""Engines: each answer is a completion or a row's status; http against a real server."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import ModelConfig
+from pipeline.engine import Engine, start_engine
+from pipeline.engine.cores import omp_binding
+from pipeline.engine.echo import EchoEngine
+from pipeline.engine.http import HttpEngine
+from pipeline.errors import EngineError, JobFileError, RowError, RowFailed, RowRejected
+from pipeline.records import Completion, Usage
+
+SYSTEM = {"role": "system", "content": "Answer with the translation only."}
+
+
+def ask(text: str, **body: Any) -> dict[str, Any]:
+    return {"messages": [SYSTEM, {"role": "user", "content": text}], **body}
+
+
+def echo(**options: Any) -> Engine:
+    return start_engine(ModelConfig(id="echo", backend="echo", engine=options), cpus=1)
+
+
+# --- echo ------------------------------------------------------------------------------------
+
+
+async def test_echo_answers_its_last_message() -> None:
+    completion = await echo().chat(ask("one  two\nthree"))
+    assert completion == Completion(
+        {"role": "assistant", "content": "one  two\nthree"}, "stop", Usage(1, 5 + 3, 0, 3)
+    )
+
+
+@given(st.text(max_size=50), st.integers(1, 8))
+async def test_echo_is_deterministic_and_keeps_to_max_tokens(text: str, limit: int) -> None:
+    first, again = [await echo().chat(ask(text, max_tokens=limit)) for _ in range(2)]
+    assert first == again
+    assert first.usage.completion_tokens == min(limit, len(text.split()))
+    assert (first.finish_reason == "length") == (len(text.split()) > limit)
+    assert first.text.split() == text.split()[:limit]
+
+
+async def test_echo_rejects_a_prompt_that_leaves_no_room_for_an_answer() -> None:
+    engine = echo(max_model_len=8)
+    answer = await engine.chat(ask("one two"))
+    assert (answer.text, answer.finish_reason) == ("one", "length")
+    with pytest.raises(RowRejected) as raised:
+        await engine.chat(ask("one two three"))
+    assert raised.value.reason == "too_long: 8 tokens of 8"
+
+
+@pytest.mark.parametrize("options", [{"max_num_seq": 8}, {"max_model_len": 0}])
+def test_echo_refuses_wrong_options(options: dict[str, int]) -> None:
+    with pytest.raises(JobFileError, match=next(iter(options))):
+        echo(**options)
+
+
+# --- http ------------------------------------------------------------------------------------
+
+Reply = tuple[int, Mapping[str, Any] | str]
+
+
+def answer(text: str | None, **changes: Any) -> Reply:
+    """A chat completion as OpenAI's API gives it."""
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": "stop",
+    }
+    usage = {
+        "prompt_tokens": 12,
+        "completion_tokens": 3,
+        "total_tokens": 15,
+        "prompt_tokens_details": {"cached_tokens": 8},
+    }
+    body = {"id": "1", "object": "chat.completion", "created": 1, "model": "served"}
+    return 200, {**body, "choices": [choice], "usage": usage, **changes}
+
+
+def error(status: int, message: str, code: str | None = None) -> Reply:
+    return status, {"error": {"message": message, "type": "error", "code": code}}
+
+
+class Server(ThreadingHTTPServer):
+    """Gives the replies it was told to, then `answer("fine")`; needs the key `right`."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.replies: list[Reply] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.models: Reply = (
+            200,
+            {"object": "list", "data": [{"id": "served", "object": "model"}]},
+        )
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.reply(self.server.models)
+
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        self.server.bodies.append(json.loads(self.rfile.read(length)))
+        self.reply(self.server.replies.pop(0) if self.server.replies else answer("fine"))
+
+    def reply(self, reply: Reply) -> None:
+        status, body = reply
+        if self.headers["Authorization"] != "Bearer right":
+            status, body = error(401, "wrong key", "invalid_api_key")
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
+        self.send_response(status)
+        self.send_header(
+            "Content-Type", "text/html" if isinstance(body, str) else "application/json"
+        )
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("retry-after-ms", "1")  # keeps the client's backoff out of the test's time
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("TEST_SERVER_KEY", "right")
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def engine(server: Server) -> Callable[..., Engine]:
+    def start(model: str = "served", **options: Any) -> Engine:
+        config = ModelConfig(
+            id=model,
+            backend="http",
+            base_url=server.url,
+            api_key_env="TEST_SERVER_KEY",
+            engine=options,
+        )
+        return start_engine(config, cpus=1)
+
+    return start
+
+
+async def test_http_gives_the_servers_answer_and_counts(
+    server: Server, engine: Callable[..., HttpEngine]
+) -> None:
+    server.replies = [answer("안녕")]
+    completion = await engine().chat(ask("Hello", temperature=0.0, max_tokens=9, top_k=1))
+    assert (completion.text, completion.finish_reason) == ("안녕", "stop")
+    assert completion.usage == Usage(1, 12, 8, 3)
+    sent = ask("Hello", temperature=0.0, max_tokens=9, top_k=1, model="served")
+    assert server.bodies == [sent]
+
+
+async def test_http_passes_on_what_openai_does_not_know(
+    server: Server, engine: Callable[..., HttpEngine]
+) -> None:
+    extra = {"repetition_penalty": 1.1, "guided_json": {"type": "object"}}
+    await engine().chat(ask("Hello", **extra))
+    assert {key: server.bodies[0][key] for key in extra} == extra
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"usage": None}, {"usage": {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}}],
+)
+async def test_http_does_without_the_counts_that_a_server_leaves_out(
+    server: Server, engine: Callable[..., HttpEngine], changes: dict[str, Any]
+) -> None:
+    server.replies = [answer("fine", **changes)]
+    completion = await engine().chat(ask("Hello"))
+    assert completion.usage == (Usage(1, 12, 0, 3) if changes["usage"] else Usage(1))
+
+
+async def test_http_gives_tool_calls_as_they_are(
+    server: Server, engine: Callable[..., HttpEngine]
+) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    choice = {"index": 0, "message": message, "finish_reason": "tool_calls"}
+    server.replies = [answer(None, choices=[choice])]
+    completion = await engine().chat(ask("Hello"))
+    assert (completion.text, completion.finish_reason) == ("", "tool_calls")
+    assert completion.message["tool_calls"] == [call]
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (error(400, "Too many tokens", "context_length_exceeded"), "too_long: "),
+        (error(400, "This model's maximum context length is 8"), "too_long: "),
+        (error(422, "temperature: must be a number"), "bad_request: "),
+        (error(400, "temperature\nmust be  a number"), "bad_request: "),
+    ],
+)
+async def test_http_rejects_what_the_server_will_never_do_and_asks_once(
+    server: Server, engine: Callable[..., HttpEngine], reply: Reply, reason: str
+) -> None:
+    server.replies = [reply]
+    with pytest.raises(RowRejected) as raised:
+        await engine().chat(ask("Hello"))
+    assert raised.value.reason.startswith(reason)
+    assert "\n" not in raised.value.reason
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+async def test_http_tries_again_when_the_server_stumbles(
+    server: Server, engine: Callable[..., HttpEngine], status: int
+) -> None:
+    server.replies = [error(status, "busy"), error(status, "busy"), answer("fine")]
+    completion = await engine(max_retries=2).chat(ask("Hello"))
+    assert completion.text == "fine"
+    assert len(server.bodies) == 3
+
+
+async def test_http_row_fails_when_the_server_keeps_stumbling(
+    server: Server, engine: Callable[..., HttpEngine]
+) -> None:
+    server.replies = [error(500, "down")] * 2
+    with pytest.raises(RowFailed, match="engine_error: InternalServerError"):
+        await engine(max_retries=1).chat(ask("Hello"))
+    assert len(server.bodies) == 2
+
+
+async def test_http_row_fails_when_the_server_is_gone(
+    server: Server, engine: Callable[..., HttpEngine]
+) -> None:
+    started = engine(max_retries=0)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(RowFailed, match="engine_error: APIConnectionError"):
+        await started.chat(ask("Hello"))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="defect: an answer of another shape ends in AttributeError, not RowFailed"
+)
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (200, "<html>the proxy's log-in page</html>"),
+        (200, {"object": "error", "message": "overloaded"}),
+        answer(None, choices=[]),
+    ],
+)
+async def test_http_row_fails_when_the_answer_is_no_completion(
+    server: Server, engine: Callable[..., HttpEngine], reply: Reply
+) -> None:
+    server.replies = [reply]
+    with pytest.raises(RowError, match="engine_error"):
+        await engine(max_retries=0).chat(ask("Hello"))
+
+
+def test_http_refuses_to_start_with_a_wrong_key(
+    server: Server, engine: Callable[..., HttpEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_SERVER_KEY", "very-wrong")
+    with pytest.raises(EngineError, match="refused the key") as raised:
+        engine()
+    assert "TEST_SERVER_KEY" in str(raised.value)
+    assert "very-wrong" not in str(raised.value)
+
+
+def test_http_refuses_to_start_with_a_model_that_is_not_served(
+    server: Server, engine: Callable[..., HttpEngine]
+) -> None:
+    with pytest.raises(EngineError, match=r"does not serve `other` \(it has served\)"):
+        engine("other")
+
+
+def test_http_refuses_to_start_without_a_server(
+    server: Server, engine: Callable[..., HttpEngine]
+) -> None:
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(EngineError, match="no answer"):
+        engine()
+
+
+async def test_http_starts_with_a_server_that_lists_no_models(
+    server: Server, engine: Callable[..., HttpEngine]
+) -> None:
+    server.models = error(404, "no such page")
+    assert (await engine().chat(ask("Hello"))).text == "fine"
+
+
+# --- cores -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "binding"),
+    [
+        ([0], 1, "0"),
+        ([0, 1], 2, "0|1"),
+        ([0, 1, 2, 3], 1, "0,1,2,3"),
+        ([2, 3, 6, 7], 2, "2,3|6,7"),
+        ([0, 1, 2], 2, "0|1"),
+        ([4], 2, "4|4"),
+    ],
+)
+def test_binding_gives_each_rank_its_cores(cores: list[int], ranks: int, binding: str) -> None:
+    assert omp_binding(cores, ranks) == binding
+
+
+@given(st.sets(st.integers(0, 200), min_size=1, max_size=64), st.integers(1, 16))
+def test_ranks_never_share_a_core_while_there_are_enough(held: set[int], ranks: int) -> None:
+    groups = [group.split(",") for group in omp_binding(sorted(held), ranks).split("|")]
+    bound = [int(core) for group in groups for core in group]
+    assert len(groups) == ranks
+    assert set(bound) <= held
+    assert len({len(group) for group in groups}) == 1
+    if len(held) >= ranks:
+        assert len(set(bound)) == len(bound)
+
+
+def test_echo_engine_is_what_backend_echo_starts() -> None:
+    started = echo(max_num_seqs=3)
+    assert isinstance(started, EchoEngine)
+    assert started.max_num_seqs == 3

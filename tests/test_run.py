@@ -1,0 +1,131 @@
+"""Whole runs on a real Ray cluster, with the echo engine: order, resuming, interruption."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.runs import Job
+
+pytestmark = pytest.mark.ray
+
+ECHO = {"id": "echo", "backend": "echo"}
+SLOW = {**ECHO, "engine": {"seconds_per_request": 0.4, "max_num_seqs": 32}}
+
+
+def sentences(rows: int, seed: int = 0) -> pa.Table:
+    """`rows` rows; every 50th text is null, every 51st empty; some columns to carry along."""
+    texts = [None if i % 50 == 7 else "" if i % 51 == 8 else f"{seed}:{i}" for i in range(rows)]
+    return pa.table({
+        "id": pa.array(range(rows), pa.int64()),
+        "en": pa.array(texts, pa.string()),
+        "tags": pa.array([["a", None], None, []] * (rows // 3 + 1), pa.list_(pa.string()))[:rows],
+    })  # fmt: skip
+
+
+def job_with_input(folder: Path, model: dict[str, Any], sizes: list[int], **more: Any) -> Job:
+    job = Job(
+        folder,
+        model=model,
+        limits={"max_failed_fraction": 0.2},
+        input={"path": str(folder / "in"), "rows_per_unit": 32},
+        **more,
+    )
+    for number, size in enumerate(sizes):
+        job.write_input(f"f{number}.parquet", sentences(size, number))
+    return job
+
+
+def test_output_mirrors_input_and_a_second_run_starts_nothing(tmp_path: Path) -> None:
+    job = job_with_input(tmp_path, ECHO, [500, 0, 1, 333], cluster={"replicas": 2})
+
+    first = job.run()
+    again = job.run()
+
+    assert first["this_run"]["rows"] == 834
+    assert (again["this_run"]["rows"], again["log"]) == (0, None)
+    assert again["job"] == first["job"] == job.verify()
+    for number, size in enumerate([500, 0, 1, 333]):
+        given, made = sentences(size, number), pq.read_table(job.output / f"f{number}.parquet")
+        assert made.column_names == [*given.column_names, "ko", "_status", "_reason", "_usage"]
+        assert made.select(given.column_names).cast(given.schema).equals(given)
+        for text, ko, status in zip(given["en"], made["ko"], made["_status"], strict=True):
+            assert (status.as_py() == "ok") == bool(text.as_py())
+            assert ko.as_py() == (text.as_py() or None), "echo answers its own text"
+    assert not job.parts(), "parts of a published shard are dropped"
+
+
+@pytest.mark.parametrize("fault", ["kill driver", "kill worker", "SIGTERM", "SIGINT"])
+def test_run_cut_short_is_completed_by_the_same_command(tmp_path: Path, fault: str) -> None:
+    sizes = [700, 300]
+    job = job_with_input(tmp_path, SLOW, sizes)
+    run = job.start("run")
+    run.wait_for_parts(3)
+    family = run.family()
+    match fault:
+        case "kill driver":
+            run.signal(signal.SIGKILL)
+        case "kill worker":
+            run.worker().kill()
+        case _:
+            run.signal(signal.Signals[fault])
+
+    code = run.wait()
+
+    if fault == "kill worker":
+        assert code == 0, "Ray replaces the worker and the job goes on"
+    else:
+        assert code == (-signal.SIGKILL if fault == "kill driver" else 130)
+        workers = [process for process in family if process.name().startswith("ray::")]
+        assert not psutil.wait_procs(workers, timeout=60)[1], "a process was left behind"
+    if code == 130:
+        assert "Go on with: axbatch run" in run.errors
+    done = job.rows_done()
+    summary = job.run("--set", "model.engine={}")
+    assert summary["this_run"]["rows"] == sum(sizes) - done, "finished units are not done again"
+    assert job.verify()["rows"] == sum(sizes)
+
+
+def test_new_files_are_added_and_changed_prompt_is_refused(tmp_path: Path) -> None:
+    job = job_with_input(tmp_path, ECHO, [40])
+    job.run()
+    job.write_input("f1.parquet", sentences(30, 1))
+
+    refused = job.start("run", "--set", "task.instructions=Be brief.")
+    assert refused.wait() == 4
+    assert "task.instructions" in refused.errors
+
+    assert job.run()["this_run"]["rows"] == 30
+    assert job.verify()["rows"] == 70
+
+
+def test_too_many_rows_not_ok_is_exit_code_3(tmp_path: Path) -> None:
+    job = job_with_input(tmp_path, ECHO, [100])
+    run = job.start("run", "--set", "limits.max_failed_fraction=0.01")
+    assert run.wait() == 3
+    assert "limits.max_failed_fraction" in run.printed
+    assert job.verify()["statuses"]["rejected"] == 4
+
+
+def test_s3_to_s3(tmp_path: Path, s3_url: str) -> None:
+    import s3fs
+
+    job = job_with_input(tmp_path, ECHO, [200, 100])
+    s3fs.S3FileSystem().put(f"{tmp_path}/in/", f"{s3_url}/in/", recursive=True)
+    remote = Job(
+        tmp_path,
+        model=ECHO,
+        limits={"max_failed_fraction": 0.2},
+        input={"path": f"{s3_url}/in/*.parquet", "rows_per_unit": 32},
+        output={"path": f"{s3_url}/out", "column": "ko"},
+    )
+    assert remote.run()["this_run"]["rows"] == 300
+    assert remote.run()["this_run"]["rows"] == 0
+    assert remote.verify()["rows"] == 300
+    assert job.file == remote.file
