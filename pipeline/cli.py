@@ -55,11 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _validate(options: argparse.Namespace, console: Console) -> int:
-    from pipeline.model import resolve_model
+    from pipeline.engine import check_engine
+    from pipeline.model import DEMO, resolve_model
 
     job, task = _load(options)
     plan = _plan(job, task)
-    if job.model.id != "demo":
+    check_engine(job.model)
+    if job.model.id != DEMO:  # which would be trained now
         resolve_model(job.model)
     console.print(f"{options.job}: valid; {plan.rows:,} rows in {len(plan.shards):,} file(s)")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline.config import JobConfig
-from pipeline.errors import AxbatchError, ClusterError, ModelError
+from pipeline.errors import ClusterError, ModelError
 from pipeline.plan import Plan
 from pipeline.ray_settings import cluster_address
 from pipeline.records import Receipt
@@ -23,6 +24,7 @@ from pipeline.worker import Worker, WorkerSpec, decode_receipt
 # Read tasks and publishing beside the engines; engines reserve all the cores that they compute on.
 PLUMBING_CPUS = 1
 READER_CPUS = 0.1
+CONNECT_TIMEOUT_S = 10
 MAX_READERS = 16
 MAX_UNITS_IN_FLIGHT = 64
 NO_PROGRESS_TIMEOUT_S = 24 * 3600
@@ -47,6 +49,8 @@ def ray_cluster(job: JobConfig) -> Iterator[Resources]:
         ModelError: one replica needs more than the largest machine has.
     """
     address = cluster_address(job)
+    if address:
+        _check_reachable(address)
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -68,6 +72,20 @@ def ray_cluster(job: JobConfig) -> Iterator[Resources]:
         yield _replica_resources(job, nodes)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for many minutes to reach a head that is not there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # "auto", "local"
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"Ray at {address}: {error.strerror or error}",
+            "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS.",
+        ) from error
 
 
 def _local_cpus(job: JobConfig) -> int:
@@ -114,7 +132,7 @@ def receipts(
     """Run the plan's pending units through worker actors; yield a receipt per committed unit.
 
     Raises:
-        AxbatchError: what a worker raised; a ClusterError if Ray itself gave up.
+        AxbatchError: what a worker or a reader raised; a ClusterError if Ray itself gave up.
     """
     replicas = spec.job.cluster.range
     in_flight = units_in_flight(spec.job, plan)
@@ -147,8 +165,11 @@ def receipts(
     try:
         for row in dataset.iter_rows():
             yield decode_receipt(row["receipt"])
-    except Exception as error:
-        raise _from_ray(error) from error
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"Ray gave up: {type(error).__name__}: {_last_line(error)}",
+            f"The log says more: {spec.log}. The same command goes on where this run stopped.",
+        ) from error
 
 
 def units_in_flight(job: JobConfig, plan: Plan) -> int:
@@ -158,15 +179,7 @@ def units_in_flight(job: JobConfig, plan: Plan) -> int:
     return min(MAX_UNITS_IN_FLIGHT, math.ceil(1.5 * job.model.max_num_seqs / rows) + 1)
 
 
-def _from_ray(error: BaseException) -> AxbatchError:
-    """The AxbatchError that a worker raised, found in what Ray wrapped around it."""
-    link: BaseException | None = error
-    while link is not None:
-        for candidate in (link, getattr(link, "cause", None)):
-            if isinstance(candidate, AxbatchError):
-                return candidate
-        link = link.__cause__ or link.__context__
-    return ClusterError(
-        f"Ray gave up: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
-        "See the log; then run the same command again, it goes on where it stopped.",
-    )
+def _last_line(error: BaseException) -> str:
+    """Ray's messages carry a remote traceback; its last line is the error itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""

@@ -27,12 +27,20 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
+# user@host, key:secret@bucket (a secret may hold slashes), and signed or keyed queries.
+CREDENTIALS = re.compile(
+    r"://([^/]*@|[^/@]*:[^@]*@|.*\?.*(signature|token|key|secret)[^/]*=)", re.I
+)
+
+
 def _no_credentials(url: str) -> str:
-    if re.search(r"://[^/@\s]+:[^/@\s]+@", url):
-        raise ValueError(
-            "holds a user name and password; take them out and use environment variables"
-        )
+    if CREDENTIALS.search(url):
+        raise SecretInJobFile("holds credentials; take them out and use environment variables")
     return url
+
+
+class SecretInJobFile(ValueError):
+    """The value must not be shown in the message."""
 
 
 class InputConfig(Section):
@@ -54,11 +62,13 @@ class InputConfig(Section):
     rows_per_unit: int = Field(256, ge=1, le=65_536)
     """Rows that are committed together, at most; fewer where rows are long."""
 
-    @field_validator("path")
+    @field_validator("path", "dataset")
     @classmethod
-    def _path_has_no_credentials(cls, path: str | list[str] | None) -> str | list[str] | None:
+    def _no_credentials(cls, path: str | list[str] | None) -> str | list[str] | None:
         for url in [path] if isinstance(path, str) else path or []:
             _no_credentials(url)
+        if path == []:
+            raise ValueError("names no file or folder")
         return path
 
     @model_validator(mode="after")
@@ -83,6 +93,13 @@ class OutputConfig(Section):
 
     _safe = field_validator("path")(_no_credentials)
 
+    @field_validator("column")
+    @classmethod
+    def _not_a_status_column(cls, column: str) -> str:
+        if column in ("_status", "_reason", "_usage"):
+            raise ValueError("is a column that every output has; choose another name")
+        return column
+
 
 class ModelConfig(Section):
     """Which model answers, and through which engine."""
@@ -99,14 +116,38 @@ class ModelConfig(Section):
     base_url: str | None = None
     """backend http: the server's address up to and including /v1."""
 
-    api_key_env: str = Field("OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    api_key_env: str = "OPENAI_API_KEY"
     """backend http: the environment variable that holds the key (the key never stands here)."""
 
     engine: dict[str, Any] = Field(default_factory=dict)
     """The engine's own options. vllm: `vllm serve` options with underscores, passed through.
     http: max_num_seqs, timeout. echo: see pipeline/engine/echo.py."""
 
-    _safe = field_validator("base_url")(lambda url: url if url is None else _no_credentials(url))
+    @field_validator("base_url")
+    @classmethod
+    def _base_url_has_no_credentials(cls, url: str | None) -> str | None:
+        return url if url is None else _no_credentials(url)
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _api_key_env_is_a_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+            raise SecretInJobFile(
+                "must be the name of an environment variable (A-Z, 0-9, _), not the key itself"
+            )
+        return name
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_options_are_sound(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        for secret in ("hf_token", "api_key"):
+            if secret in engine:
+                raise SecretInJobFile(f"holds `{secret}`; put it into the environment (HF_TOKEN)")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs"):
+            value = engine.get(name, 1)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1 (it is {value!r})")
+        return engine
 
     @model_validator(mode="after")
     def _base_url_goes_with_http(self) -> ModelConfig:
@@ -293,10 +334,12 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (is safe)
     except FileNotFoundError:
         raise JobFileError(f"{path}: no such job file", "See configs/ for files to copy.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise JobFileError(f"{path}: is not UTF-8 text", "Save it as UTF-8.") from None
+    except OSError as error:
         raise JobFileError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -304,8 +347,26 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or "not valid YAML"
         raise JobFileError(f"{path}{line}: not valid YAML: {problem}") from None
     if not isinstance(tree, dict):
-        raise JobFileError(f"{path}: is not a job file (no keys at the top)")
+        raise JobFileError(
+            f"{path}: is not a job file (no keys at the top)",
+            "A job file starts with `name:`; see configs/ for files to copy.",
+        )
     return tree
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which would let the second of two equal keys win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key `{key}` is there twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -338,23 +399,42 @@ def _job_file_error(
     section: type[Section], error: ValidationError, where: str, prefix: str
 ) -> JobFileError:
     # An unknown key explains the missing one it was meant to be, so it comes first.
-    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    errors = sorted(error.errors(), key=_how_little_it_explains)
     first, more = errors[0], len(errors) - 1
     location = [str(part) for part in first["loc"] if not _is_union_label(str(part))]
-    key = prefix + ".".join(location)
+    key = (prefix + ".".join(location)).rstrip(".")
     rest = f" (and {more} more)" if more else ""
     match first["type"]:
         case "extra_forbidden":
             known = _known_keys(section, location[:-1])
             return JobFileError(f"{where}: {key}: unknown key{rest}", _nearest(location[-1], known))
         case "missing":
-            return JobFileError(f"{where}: {key}: is missing{rest}")
+            return JobFileError(f"{where}: {key}: is missing{rest}", _meaning(section, location))
         case _:
             message = first["msg"].removeprefix("Value error, ")
             given = first["input"]
             shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool) else ""
-            secret = "password" in message
-            return JobFileError(f"{where}: {key}: {message}{'' if secret else shown}{rest}")
+            if isinstance(first.get("ctx", {}).get("error"), SecretInJobFile):
+                shown = ""
+            hint = _meaning(section, location)
+            if isinstance(given, bool) and "string" in message:
+                hint = "YAML reads yes, no, on and off as true and false; put the word in quotes."
+            return JobFileError(f"{where}: {key}: {message}{shown}{rest}", hint)
+
+
+def _how_little_it_explains(error: Any) -> int:
+    """Errors of one union come together: those of the branch that was meant come first."""
+    if error["type"] == "extra_forbidden":
+        return 0
+    is_other_branch = error["type"] in ("int_type", "string_type", "model_type", "list_type")
+    return 2 if is_other_branch and isinstance(error["input"], dict | list) else 1
+
+
+def _meaning(section: type[Section], location: Sequence[str]) -> str:
+    """What the field's own documentation says."""
+    fields = _fields_at(section, location[:-1])
+    field = fields.get(location[-1]) if location else None
+    return " ".join((field.description or "").split()) if field else ""
 
 
 def _is_union_label(part: str) -> bool:
@@ -362,13 +442,19 @@ def _is_union_label(part: str) -> bool:
 
 
 def _known_keys(section: type[Section], location: Sequence[str]) -> list[str]:
-    """Names of the fields at `location`, walking down the sections."""
+    return sorted(_fields_at(section, location))
+
+
+def _fields_at(section: type[Section], location: Sequence[str]) -> dict[str, Any]:
+    """The fields at `location`, walking down the sections."""
     fields: dict[str, Any] = dict(section.model_fields)
     for part in location:
+        if part not in fields:
+            return {}
         kinds = [fields[part].annotation, *getattr(fields[part].annotation, "__args__", ())]
         nested = [k for k in kinds if isinstance(k, type) and issubclass(k, Section)]
         fields = dict(nested[0].model_fields) if nested else {}
-    return sorted(fields)
+    return fields
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:

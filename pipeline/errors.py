@@ -16,6 +16,8 @@ AxbatchError
 
 from __future__ import annotations
 
+import json
+
 EXIT_TOO_MANY_NOT_OK = 3
 EXIT_INTERRUPTED = 130
 
@@ -33,9 +35,17 @@ class AxbatchError(Exception):
         message = str(self.args[0])
         return f"{message}\n  {self.hint}" if self.hint else message
 
-    def __reduce__(self) -> tuple[type[AxbatchError], tuple[str, str]]:
-        # Errors cross process borders (Ray); both arguments must survive.
-        return type(self), (str(self.args[0]), self.hint)
+    def to_json(self) -> str:
+        """Class, message and hint, to cross a process border; see `error_from_json`."""
+        message = str(self.args[0])
+        return json.dumps({"error": type(self).__name__, "message": message, "hint": self.hint})
+
+
+def error_from_json(text: str) -> AxbatchError:
+    """The inverse of `AxbatchError.to_json`."""
+    fields = json.loads(text)
+    error_class: type[AxbatchError] = globals()[fields["error"]]
+    return error_class(fields["message"], fields["hint"])
 
 
 class JobFileError(AxbatchError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
 
 DEMO = "demo"
+WHAT_A_MODEL_IS = "Give a folder with config.json, tokenizer and safetensors, a hub id, or `demo`."
 
 
 def resolve_model(
@@ -28,6 +30,8 @@ def resolve_model(
         return model.model_copy(update={"id": str(ensure_demo_model(announce=announce))})
     folder = Path(model.id).expanduser()
     if folder.is_dir() or model.id.startswith(("/", ".", "~")):
+        if not folder.is_dir():
+            raise ModelError(f"model.id: {model.id}: no such folder", "Check the path.")
         _check_config(folder / "config.json", model)
         return model.model_copy(update={"id": str(folder.absolute())})
     _check_config(_hub_config(model), model)
@@ -37,6 +41,8 @@ def resolve_model(
 def _hub_config(model: ModelConfig) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of every retry
 
     try:
         return Path(hf_hub_download(model.id, "config.json", revision=model.revision))
@@ -61,10 +67,12 @@ def _check_config(path: Path, model: ModelConfig) -> None:
     except FileNotFoundError:
         raise ModelError(
             f"model.id: {path.parent} holds no config.json",
-            "Give a folder with config.json, tokenizer and safetensors, a hub id, or `demo`.",
+            WHAT_A_MODEL_IS,
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"model.id: {path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"model.id: {path} is not a model's configuration", WHAT_A_MODEL_IS)
     heads = config.get("num_attention_heads")
     tensor = int(model.engine.get("tensor_parallel_size", 1))
     if isinstance(heads, int) and heads % tensor:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -107,7 +108,9 @@ def parts_among(entries: Iterable[Entry]) -> dict[str, list[Unit]]:
     for entry in entries:
         if entry.path.startswith(PARTS + "/"):
             shard, _, file = entry.path.removeprefix(PARTS + "/").rpartition("/")
-            parts.setdefault(shard, []).append(Unit.from_id(shard, file.removesuffix(".parquet")))
+            if re.fullmatch(r"\d+-\d+\.parquet", file):  # file systems leave names of their own
+                unit = Unit.from_id(shard, file.removesuffix(".parquet"))
+                parts.setdefault(shard, []).append(unit)
     return {shard: sorted(units) for shard, units in parts.items()}
 
 
@@ -264,10 +267,17 @@ def check_same_origin(made: Stamp, identity: str, fingerprint: str, url: str) ->
         )
     if made.fingerprint != fingerprint:
         raise RefusedError(
-            f"{url}: the input file {made.shard} has changed since (was {made.fingerprint}, "
-            f"is {fingerprint})",
+            f"{url}: the input file {made.shard} has changed since "
+            f"({_difference(made.fingerprint, fingerprint)})",
             "Put the old file back, or give the job a new `output.path`.",
         )
+
+
+def _difference(before: str, now: str) -> str:
+    (size_before, _, _), (size_now, _, _) = before.partition(":"), now.partition(":")
+    if size_before != size_now:
+        return f"was {int(size_before):,} bytes, is {int(size_now):,}"
+    return "same size, written again"
 
 
 def count_rows(results: pa.Table, counts: Counts) -> None:

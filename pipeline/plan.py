@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pipeline.parts import (
 )
 from pipeline.records import Counts, Unit
 from pipeline.staging import BUILDERS, stage_dataset, stage_file, staged_name, suffix_of
-from pipeline.storage import Entry, Folder, find_files
+from pipeline.storage import Entry, Folder, absolute_url, find_files
 from pipeline.task import Task
 
 FOOTER_THREADS = 32
@@ -148,34 +149,45 @@ def find_shards(job: JobConfig, task: Task, output: Folder) -> list[Shard]:
     files = _parquet_files(job.input, output)
     taken = [job.output.column, *STATUS_COLUMNS]
 
-    def shard(name: str, source: Folder, entry: Entry) -> Shard:
-        return _read_shard(name, source, entry, task.columns, taken, job.input.rows_per_unit)
+    def shard(file: _InputFile) -> Shard:
+        return _read_shard(file, task.columns, taken, job.input.rows_per_unit)
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        return list(pool.map(lambda item: shard(*item), files))
+        return list(pool.map(shard, files))
 
 
-def _parquet_files(config: InputConfig, output: Folder) -> list[tuple[str, Folder, Entry]]:
-    """Output name, folder and entry of every Parquet file to read, by name."""
-    files: dict[str, tuple[str, Folder, Entry]] = {}
+@dataclass(frozen=True)
+class _InputFile:
+    """A Parquet file to read, the name of its output, and what the user calls it."""
 
-    def add(name: str, source: Folder, entry: Entry) -> None:
+    name: str
+    source: Folder
+    entry: Entry
+    origin: str
+
+
+def _parquet_files(config: InputConfig, output: Folder) -> list[_InputFile]:
+    """Every Parquet file to read, by name."""
+    files: dict[str, _InputFile] = {}
+
+    def add(name: str, source: Folder, entry: Entry, origin: str = "") -> None:
         if name in files:
             raise InputError(
                 f"two input files would both become {name}",
                 "Rename one, or give each its own job and `output.path`.",
             )
-        files[name] = (name, source, entry)
+        files[name] = _InputFile(name, source, entry, origin or f"{source.url}/{entry.path}")
 
     if config.dataset is not None:
         entry = stage_dataset(config, output)
-        add(entry.path.rpartition("/")[2], output, entry)
+        add(entry.path.rpartition("/")[2], output, entry, f"dataset {config.dataset}")
     for url in config.paths:
         source, entries = find_files(url)
-        _refuse_overlap(source, output)
+        _refuse_overlap(url, source, output)
         for entry in entries:
             if suffix_of(entry.path) in BUILDERS:
-                add(staged_name(entry.path), output, stage_file(source, entry, output))
+                staged = stage_file(source, entry, output)
+                add(staged_name(entry.path), output, staged, f"{source.url}/{entry.path}")
             elif suffix_of(entry.path) in (".parquet", ".pq") or len(entries) == 1:
                 add(entry.path, source, entry)
             else:
@@ -186,38 +198,44 @@ def _parquet_files(config: InputConfig, output: Folder) -> list[tuple[str, Folde
     return [files[name] for name in sorted(files)]
 
 
-def _refuse_overlap(source: Folder, output: Folder) -> None:
-    inside = source.url.rstrip("/") + "/"
-    if output.url.rstrip("/") + "/" == inside or output.url.startswith(inside):
+def _refuse_overlap(url: str, source: Folder, output: Folder) -> None:
+    """A file, or a glob of one folder's files, may have the output in a folder beside it."""
+    given, made = (_real_path(folder) + "/" for folder in (source, output))
+    pattern = absolute_url(url).removeprefix(source.url).lstrip("/")
+    reads_subfolders = not pattern or "/" in pattern or "**" in pattern
+    if made == given or (reads_subfolders and made.startswith(given)):
         raise InputError(
             f"output.path {output.url} lies inside the input folder {source.url}",
             "The next run would read its own output; put `output.path` beside the input.",
         )
 
 
-def _read_shard(
-    name: str, source: Folder, entry: Entry, columns: Sequence[str], taken: Sequence[str], rows: int
-) -> Shard:
-    url = f"{source.url}/{entry.path}"
-    with source.open(entry.path) as file, input_errors(url):
-        parquet = open_parquet(file)
+def _real_path(folder: Folder) -> str:
+    path = folder.url.rstrip("/")
+    return os.path.realpath(path) if folder.is_local else path
+
+
+def _read_shard(file: _InputFile, columns: Sequence[str], taken: Sequence[str], rows: int) -> Shard:
+    with file.source.open(file.entry.path) as opened, input_errors(file.origin):
+        parquet = open_parquet(opened)
         schema, metadata = parquet.schema_arrow, parquet.metadata
-        wide = {c for c in range(metadata.num_columns)
-                if metadata.schema.column(c).path.split(".")[0] in columns}  # fmt: skip
+        paths = [metadata.schema.column(c).path for c in range(metadata.num_columns)]
+        wide = [c for c, path in enumerate(paths)
+                if any(f"{path}.".startswith(f"{column}.") for column in columns)]  # fmt: skip
         column_bytes = sum(
             metadata.row_group(g).column(c).total_uncompressed_size
             for g in range(metadata.num_row_groups)
             for c in wide
         )
-    check_schema(schema, columns, taken, url)
+    check_schema(schema, columns, taken, file.origin)
     bytes_per_row = max(1.0, column_bytes / max(1, metadata.num_rows))
     return Shard(
-        name=name,
-        source=source,
-        path=entry.path,
+        name=file.name,
+        source=file.source,
+        path=file.entry.path,
         rows=metadata.num_rows,
-        bytes=entry.size,
-        fingerprint=entry.fingerprint,
+        bytes=file.entry.size,
+        fingerprint=file.entry.fingerprint,
         rows_per_unit=max(1, min(rows, int(UNIT_BYTES / bytes_per_row))),
         schema=schema,
     )
@@ -225,8 +243,10 @@ def _read_shard(
 
 def check_schema(schema: pa.Schema, columns: Sequence[str], taken: Sequence[str], url: str) -> None:
     """Raises InputError if the task's columns are missing or the result's are there already."""
+    if len(set(schema.names)) < len(schema.names):
+        raise InputError(f"{url}: has two columns of the same name", "Rename one of them.")
     for column in columns:
-        if schema.get_field_index(column) < 0:
+        if column not in schema.names:
             raise InputError(
                 f"{url}: has no column `{column}` (it has {', '.join(schema.names)})",
                 "Name one of these under `task:`.",
@@ -237,22 +257,32 @@ def check_schema(schema: pa.Schema, columns: Sequence[str], taken: Sequence[str]
                 f"{url}: already has a column `{column}`, which the result needs",
                 "Choose another `output.column`, or leave the column out of the input.",
             )
-    if len(set(schema.names)) < len(schema.names):
-        raise InputError(f"{url}: has two columns of the same name", "Rename one of them.")
     for field in schema:
-        if getattr(field.type, "extension_name", None) == RAY_PICKLED:
+        if _holds_pickles(field):
             raise InputError(
                 f"{url}: column `{field.name}` holds pickled Python objects, which are code",
                 "Write the column with a plain Arrow type.",
             )
 
 
+def _holds_pickles(field: pa.Field) -> bool:
+    """Whether a column, or one nested in it, has Ray's type of pickled Python objects. Its name
+    stands in the metadata where that type is not registered, as in a process without Ray."""
+    named = (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    if RAY_PICKLED in (named, getattr(field.type, "extension_name", None)):
+        return True
+    return any(_holds_pickles(field.type.field(i)) for i in range(field.type.num_fields))
+
+
 def _published(shard: Shard, output: Folder, identity: str) -> Stamp:
-    stamp = read_stamp(output, shard.name)
+    try:
+        stamp = read_stamp(output, shard.name)
+    except InputError:
+        stamp = None
     if stamp is None:
         raise RefusedError(
-            f"{output.url}/{shard.name}: is there already and is not axbatch's",
-            "Choose an empty `output.path`.",
+            f"{output.url}/{shard.name}: is there already and is not axbatch's output",
+            "Choose an empty `output.path`, or move the file away to have it made again.",
         )
     check_same_origin(stamp, identity, shard.fingerprint, f"{output.url}/{shard.name}")
     return stamp

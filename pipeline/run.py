@@ -18,6 +18,7 @@ from rich.console import Console
 from jobs import load_task
 from pipeline import __version__
 from pipeline.config import JobConfig, identity_fields, identity_hash
+from pipeline.engine import check_engine
 from pipeline.errors import EXIT_TOO_MANY_NOT_OK, Interrupted, RefusedError
 from pipeline.logs import engines_lock, redirect_output, run_log
 from pipeline.model import resolve_model
@@ -89,6 +90,7 @@ def run_job(job: JobConfig, console: Console) -> Summary:
             if plan.pending_rows:
                 console.print(_opening(plan), highlight=False, soft_wrap=True)
                 resolve_model(job.model, announce=console.print)
+                check_engine(job.model)
                 log = run_log(output, run)
                 redirect_output(log)
                 with shown(progress, console):

@@ -13,6 +13,7 @@ import pyarrow as pa
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from pipeline.errors import AxbatchError, error_from_json
 from pipeline.parts import input_errors, open_parquet
 from pipeline.plan import Plan, Shard, ShardPlan
 from pipeline.records import Unit
@@ -24,6 +25,7 @@ UNIT_SCHEMA = pa.schema([
     ("stop", pa.int64()),
     ("fingerprint", pa.string()),
     ("rows", pa.large_binary()),
+    ("error", pa.string()),  # instead of rows, where reading failed
 ])  # fmt: skip
 
 TASK_ROWS = 1 << 18
@@ -36,14 +38,32 @@ def encode_unit(unit: Unit, fingerprint: str, rows: pa.Table) -> pa.Table:
     with pa.ipc.new_stream(sink, rows.schema) as writer:
         writer.write_table(rows)
     return pa.table(
-        [[unit.shard], [unit.start], [unit.stop], [fingerprint], [sink.getvalue().to_pybytes()]],
+        {
+            "shard": [unit.shard],
+            "start": [unit.start],
+            "stop": [unit.stop],
+            "fingerprint": [fingerprint],
+            "rows": [sink.getvalue().to_pybytes()],
+            "error": [None],
+        },
         schema=UNIT_SCHEMA,
     )
 
 
+def encode_failure(error: AxbatchError) -> pa.Table:
+    """A row that stands for units that could not be read: Ray would make text of the error."""
+    row = {**dict.fromkeys(UNIT_SCHEMA.names), "error": error.to_json()}
+    return pa.Table.from_pylist([row], schema=UNIT_SCHEMA)
+
+
 def decode_unit(block: pa.Table) -> tuple[Unit, str, pa.Table]:
-    """The unit, its input's fingerprint, and its rows: the inverse of `encode_unit`."""
+    """The unit, its input's fingerprint, and its rows: the inverse of `encode_unit`.
+
+    Raises the AxbatchError of `encode_failure`.
+    """
     fields = {name: block[name][0] for name in UNIT_SCHEMA.names}
+    if fields["error"].is_valid:
+        raise error_from_json(fields["error"].as_py())
     unit = Unit(fields["shard"].as_py(), fields["start"].as_py(), fields["stop"].as_py())
     with pa.ipc.open_stream(fields["rows"].as_buffer()) as reader:
         return unit, fields["fingerprint"].as_py(), reader.read_all()
@@ -116,8 +136,11 @@ def _reader(
     source, path, fingerprint = shard.source, shard.path, shard.fingerprint
 
     def read() -> Iterator[pa.Table]:
-        for unit, rows in read_units(source, path, columns, units):
-            yield encode_unit(unit, fingerprint, rows)
+        try:
+            for unit, rows in read_units(source, path, columns, units):
+                yield encode_unit(unit, fingerprint, rows)
+        except AxbatchError as error:
+            yield encode_failure(error)
 
     return read
 

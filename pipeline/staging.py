@@ -8,6 +8,7 @@ any other changed input.
 
 from __future__ import annotations
 
+import hashlib
 import posixpath
 import tempfile
 from collections.abc import Callable
@@ -57,6 +58,8 @@ def stage_dataset(config: InputConfig, output: Folder) -> Entry:
     assert config.dataset is not None
     name = config.dataset.rstrip("/").rpartition("/")[2]
     target = f"{STAGED}/{name}-{config.split}.parquet"
+    # A dataset has no size or time to go by; its full name tells it from others of this one.
+    tag = hashlib.sha256(repr((config.dataset, config.subset, config.split)).encode()).hexdigest()
 
     def load(cache: str) -> Any:
         import datasets
@@ -65,17 +68,17 @@ def stage_dataset(config: InputConfig, output: Folder) -> Entry:
             config.dataset, config.subset, split=config.split, cache_dir=cache
         )
 
-    return _stage(output, target, f"dataset {config.dataset}", None, load)
+    return _stage(output, target, f"dataset {config.dataset}", f"0:{tag[:16]}", load)
 
 
 def _stage(
-    output: Folder, target: str, what: str, fingerprint: str | None, load: Callable[[str], Any]
+    output: Folder, target: str, what: str, fingerprint: str, load: Callable[[str], Any]
 ) -> Entry:
     staged = _staged_entry(output, target)
-    if staged is None or (fingerprint is not None and staged.fingerprint != fingerprint):
+    if staged is None or staged.fingerprint != fingerprint:
         with tempfile.TemporaryDirectory(prefix="axbatch-staging-") as cache:
             local = Path(cache) / "staged.parquet"
-            _write_parquet(load, cache, local, what, fingerprint or "")
+            _write_parquet(load, cache, local, what, fingerprint)
             with local.open("rb") as file, output.replacing(target) as sink:
                 while piece := file.read(16 << 20):
                     sink.write(piece)
@@ -91,7 +94,7 @@ def _staged_entry(output: Folder, target: str) -> Entry | None:
     with output.open(target) as file:
         made_from = (pq.read_metadata(file).metadata or {})[SOURCE_KEY].decode()
     size, _, tag = made_from.partition(":")
-    return Entry(target, int(size), tag) if made_from else Entry(target, 0, "dataset")
+    return Entry(target, int(size), tag)
 
 
 def _write_parquet(
@@ -104,6 +107,8 @@ def _write_parquet(
             dataset = load(cache)
     except AxbatchError:
         raise
+    except StopIteration as error:
+        raise InputError(f"{what}: is empty", "Remove it, or narrow `input.path`.") from error
     except (DatasetGenerationError, OSError, ValueError) as error:
         cause = error.__cause__ or error
         text = " ".join(str(cause).split())[:200]

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 import fsspec
 import pyarrow as pa
 
-from pipeline.errors import AxbatchError, InputError, StorageError
+from pipeline.errors import AxbatchError, InputError, JobFileError, StorageError
 
 MULTIPART_BYTES = 64 << 20
 """Size of one piece of a large upload; S3 allows 10,000 pieces, so a file may have 640 GB."""
@@ -29,7 +29,7 @@ MULTIPART_BYTES = 64 << 20
 @dataclass(frozen=True, order=True)
 class Entry:
     """A file: its path below the folder that was listed, its size in bytes, and a tag that
-    changes when the content is replaced (etag on object stores, mtime in ns on disk)."""
+    changes when the content is replaced (etag on object stores, mtime in seconds on disk)."""
 
     path: str
     size: int
@@ -44,7 +44,7 @@ class Folder:
     """A folder on local disk or an object store. Paths are relative to it, with `/`."""
 
     def __init__(self, url: str) -> None:
-        self.url = url if "://" in url else str(Path(url).expanduser().absolute())
+        self.url = absolute_url(url)
         self.filesystem, self.root = filesystem_of(self.url)
         self.is_local = "file" in _protocols(self.filesystem)
 
@@ -87,7 +87,7 @@ class Folder:
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a whole file, or nothing. False if the name was taken: first writer wins."""
-        with storage_errors(f"{self.url}/{path}"):
+        with storage_errors(f"{self.url}/{path}"), _missing_folder(self.url):
             if self.is_local:
                 return self._link(path, data)
             return self._put_if_absent(path, data)
@@ -100,7 +100,7 @@ class Folder:
     @contextmanager
     def replacing(self, path: str) -> Iterator[IO[bytes]]:
         """A sink for a large file that appears under its name only if the block ends well."""
-        with storage_errors(f"{self.url}/{path}"):
+        with storage_errors(f"{self.url}/{path}"), _missing_folder(self.url):
             if self.is_local:
                 with self._temporary() as (sink, temporary):
                     yield sink
@@ -170,8 +170,13 @@ class Folder:
         return True
 
 
+def absolute_url(url: str) -> str:
+    """A URL as it is; a local path absolute, without `~` and `..`."""
+    return url if "://" in url else os.path.abspath(os.path.expanduser(url))  # noqa: PTH100, PTH111
+
+
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem for `url` and the path in it. Raises StorageError if unknown."""
+    """fsspec's filesystem for `url` and the path in it. Raises JobFileError if unknown."""
     options: dict[str, Any] = {}
     if url.startswith(("s3://", "s3a://")):
         # A cached listing hides parts that other processes have committed meanwhile.
@@ -179,7 +184,9 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
-        raise StorageError(f"{url}: {error}", "Known: local paths, s3://, hf://.") from None
+        raise JobFileError(f"{url}: {_short(error)}", "Known: local paths, s3://, hf://.") from None
+    if url.startswith(("s3://", "s3a://")) and not path:
+        raise JobFileError(f"{url}: names no bucket", "Give s3://BUCKET/PATH.")
     return filesystem, path
 
 
@@ -198,6 +205,10 @@ def storage_errors(url: str) -> Iterator[None]:
         yield
     except (AxbatchError, FileNotFoundError, pa.ArrowException):
         raise
+    except NotADirectoryError as error:
+        raise JobFileError(
+            f"{url}: a file is in the way of a folder", "Choose another `output.path`."
+        ) from error
     except PermissionError as error:
         raise StorageError(
             f"{url}: access denied ({_short(error)})", "Check the credentials and their rights."
@@ -211,14 +222,28 @@ def storage_errors(url: str) -> Iterator[None]:
         raise StorageError(f"{url}: {_short(error)}", hint) from error
     except Exception as error:
         # botocore's errors share no base with OSError and are not importable without it.
-        if not type(error).__module__.startswith(("botocore", "aiobotocore", "huggingface_hub")):
+        libraries = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "httpx")
+        is_endpoint = isinstance(error, ValueError) and "endpoint" in str(error)
+        if not (type(error).__module__.startswith(libraries) or is_endpoint):
             raise
+        is_credentials = any(word in type(error).__name__ for word in ("redential", "Profile"))
         hint = (
             "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or an instance role."
-            if "redential" in type(error).__name__
-            else "Check the address (AWS_ENDPOINT_URL) and the network."
+            if is_credentials
+            else "Check the address (for S3: AWS_ENDPOINT_URL) and the network."
         )
         raise StorageError(f"{url}: {_short(error)}", hint) from error
+
+
+@contextmanager
+def _missing_folder(url: str) -> Iterator[None]:
+    """Writing makes its own folders; what is missing then is the bucket, or the disk."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{url}: no such bucket or folder", "Create it, or change `output.path`."
+        ) from error
 
 
 def find_files(url: str) -> tuple[Folder, list[Entry]]:
@@ -231,17 +256,17 @@ def find_files(url: str) -> tuple[Folder, list[Entry]]:
     Raises:
         InputError: nothing there.
     """
-    url = url if "://" in url else str(Path(url).expanduser().absolute())
+    url = absolute_url(url)
     filesystem, path = filesystem_of(url)
     with storage_errors(url):
-        if any(wildcard in path for wildcard in "*?["):
+        if filesystem.isfile(path):
+            found, root = {path: filesystem.info(path)}, posixpath.dirname(path)
+            what = "no such file"
+        elif any(wildcard in path for wildcard in "*?["):
             found = {k: v for k, v in filesystem.glob(path, detail=True).items()
                      if v["type"] == "file"}  # fmt: skip
             literal = path[: min(path.find(w) for w in "*?[" if w in path)]
             root, what = posixpath.dirname(literal), "no file matches"
-        elif filesystem.isfile(path):
-            found, root = {path: filesystem.info(path)}, posixpath.dirname(path)
-            what = "no such file"
         elif filesystem.isdir(path):
             found, root, what = filesystem.find(path, detail=True), path, "the folder is empty"
         else:
@@ -273,9 +298,11 @@ def _is_precondition_failed(error: OSError) -> bool:
 
 
 def _short(error: BaseException) -> str:
-    # s3fs turns a reply without a message into OSError("None"); its cause says more.
-    shown = error.__cause__ if error.__cause__ and "None" in str(error) else error
-    return " ".join(str(shown).split())[:300] or type(error).__name__
+    # s3fs turns a reply without a message into OSError("None"); the reply has a code at least.
+    response = getattr(error.__cause__, "response", None) or {}
+    code = str(response.get("Error", {}).get("Code", ""))
+    text = " ".join(str(error).split()).removesuffix("None").strip()
+    return text[:300] or code or type(error).__name__
 
 
 def _flush(sink: IO[bytes]) -> None:

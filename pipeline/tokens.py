@@ -28,20 +28,18 @@ class RowText:
     """Makes row values safe to template. Call it with any row value; text inside is found."""
 
     def __init__(self, control_tokens: Iterable[str] = ()) -> None:
-        literals = sorted(set(control_tokens), key=lambda token: (-len(token), token))
-        alternatives = [*map(re.escape, literals), CONTROL_TOKEN_SHAPE]
-        self._control = re.compile("|".join(alternatives))
+        shapes = [CONTROL_TOKEN_SHAPE, *map(re.escape, sorted(set(control_tokens)))]
+        # Looks ahead, so that tokens that overlap are each found at their first character.
+        self._control = re.compile(rf"(?=(?:{'|'.join(shapes)})).", re.DOTALL)
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._control.sub(_split_token, unicodedata.normalize("NFC", value))
+            text = unicodedata.normalize("NFC", value)
+            return self._control.sub(lambda first: first.group() + ZERO_WIDTH_SPACE, text)
         if isinstance(value, Mapping):
             return {key: self(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self(item) for item in value]
+        if isinstance(value, tuple):  # a key and its value of an Arrow map
+            return tuple(self(item) for item in value)
         return value
-
-
-def _split_token(match: re.Match[str]) -> str:
-    token = match.group()
-    return token[0] + ZERO_WIDTH_SPACE + token[1:]

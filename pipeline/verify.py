@@ -7,9 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, VerifyError
-from pipeline.parts import READ_ROWS, Stamp, count_rows, input_errors, open_parquet
+from pipeline.parts import (
+    READ_ROWS,
+    STATUS_COLUMNS,
+    Stamp,
+    count_rows,
+    input_errors,
+    open_parquet,
+)
 from pipeline.plan import Plan, Shard, ShardPlan
 from pipeline.records import STATUSES, Counts
 from pipeline.storage import Folder
@@ -44,37 +52,43 @@ def _verify_shard(planned: ShardPlan, output: Folder, column: str) -> Counts:
     url = f"{output.url}/{shard.name}"
     counts = Counts()
     try:
-        for start, given, made in _side_by_side(shard, output):
+        for start, given, made in _side_by_side(shard, output, column):
             rows = f"rows {start} to {start + given.num_rows}"
             _check_input_columns(given, made, f"{url}: {rows}")
             _check_results(made, column, f"{url}: {rows}")
             count_rows(pa.Table.from_batches([made]), counts)
     except InputError as error:
-        raise VerifyError(error.args[0], f"Delete {url} and run the job again.") from error
+        hint = "Restore the file; if it is the output's, delete it and run the job again."
+        raise VerifyError(str(error.args[0]), hint) from error
     _check_stamp(stamp, shard, counts, url)
     return counts
 
 
 def _side_by_side(
-    shard: Shard, output: Folder
+    shard: Shard, output: Folder, column: str
 ) -> Iterator[tuple[int, pa.RecordBatch, pa.RecordBatch]]:
     """Batches of the same rows of input and output, with the number of their first row."""
-    with (
-        shard.source.open(shard.path) as input_file,
-        output.open(shard.name) as output_file,
-        input_errors(f"{output.url}/{shard.name}"),
-    ):
+    url = f"{output.url}/{shard.name}"
+    with shard.source.open(shard.path) as input_file, output.open(shard.name) as output_file:
         given, made = open_parquet(input_file), open_parquet(output_file)
         if given.metadata.num_rows != made.metadata.num_rows:
             raise VerifyError(
-                f"{output.url}/{shard.name}: has {made.metadata.num_rows:,} rows, its input has "
+                f"{url}: has {made.metadata.num_rows:,} rows, its input has "
                 f"{given.metadata.num_rows:,}"
             )
-        made_batches = _Rows(made.iter_batches(READ_ROWS))
+        expected = [*given.schema_arrow.names, column, *STATUS_COLUMNS]
+        if made.schema_arrow.names != expected:
+            raise VerifyError(f"{url}: has columns {made.schema_arrow.names}, not {expected}")
+        made_rows = _Rows(_read(made, url))
         start = 0
-        for batch in given.iter_batches(READ_ROWS):
-            yield start, batch, made_batches.take(batch.num_rows)
+        for batch in _read(given, f"{shard.source.url}/{shard.path}"):
+            yield start, batch, made_rows.take(batch.num_rows)
             start += batch.num_rows
+
+
+def _read(parquet: pq.ParquetFile, url: str) -> Iterator[pa.RecordBatch]:
+    with input_errors(url):
+        yield from parquet.iter_batches(READ_ROWS)
 
 
 class _Rows:
@@ -108,9 +122,8 @@ def _check_input_columns(given: pa.RecordBatch, made: pa.RecordBatch, where: str
 
 
 def _same_with_nans(given: pa.Array, made: pa.Array) -> bool:
-    """Arrow's `equals` holds NaN unequal to itself; then the serialised bytes decide."""
-    batches = [pa.record_batch([pa.concat_arrays([a])], names=["column"]) for a in (given, made)]
-    return bool(batches[0].serialize().equals(batches[1].serialize()))
+    """Arrow's `equals` holds NaN unequal to itself, at any depth; its text does not."""
+    return repr(given.to_pylist()) == repr(made.to_pylist())
 
 
 def _check_results(made: pa.RecordBatch, column: str, where: str) -> None:

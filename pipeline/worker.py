@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,15 @@ import pyarrow as pa
 
 from jobs import load_task
 from pipeline.config import JobConfig
-from pipeline.engine import EngineGone, start_engine
-from pipeline.errors import EngineError, RowError, RowFailed, RowRejected
+from pipeline.engine import Engine, EngineGone, start_engine
+from pipeline.errors import (
+    AxbatchError,
+    EngineError,
+    RowError,
+    RowFailed,
+    RowRejected,
+    error_from_json,
+)
 from pipeline.logs import engines_lock, redirect_output, root_cause
 from pipeline.model import resolve_model
 from pipeline.parts import Stamp, commit_part, result_table
@@ -51,26 +59,34 @@ class Worker:
         self._task = load_task(spec.job)
         self._output = Folder(spec.job.output.path)
         self._sampling = spec.job.sampling.body()
-        log_size = spec.log.stat().st_size
+        self._failure: AxbatchError | None = None
         try:
-            self._engine = start_engine(resolve_model(spec.job.model), spec.cpus)
-        except EngineError as error:
-            cause = root_cause(spec.log, log_size)
-            raise EngineError(f"the engine did not start: {cause or error.args[0]}") from error
+            self._engine = _start_engine(spec)
+        except AxbatchError as error:
+            # Ray would make text of it; as the answer to the first unit it reaches the user whole.
+            traceback.print_exception(error)
+            self._failure = error
+            return
         self._clean = RowText(self._engine.control_tokens)
 
     async def __call__(self, block: pa.Table) -> dict[str, list[str]]:
-        started = time.monotonic()
-        unit, fingerprint, rows = decode_unit(block)
         try:
-            outputs = await asyncio.gather(*(self._run_row(row) for row in _rows_of(rows)))
+            if self._failure:
+                raise self._failure
+            return {"receipt": [encode_receipt(await self._do_unit(block))]}
+        except AxbatchError as error:
+            return {"receipt": [error.to_json()]}
         except EngineGone as gone:
             # Ray retries the unit elsewhere and replaces this worker only if the process ends.
             print(f"axbatch: engine of {self._name} is gone: {gone}", flush=True)
             os._exit(1)
+
+    async def _do_unit(self, block: pa.Table) -> Receipt:
+        started = time.monotonic()
+        unit, fingerprint, rows = decode_unit(block)
+        outputs = await asyncio.gather(*(self._run_row(row) for row in _rows_of(rows)))
         counts = await asyncio.to_thread(self._commit, unit, fingerprint, outputs)
-        receipt = Receipt(unit, counts, self._name, time.monotonic() - started)
-        return {"receipt": [encode_receipt(receipt)]}
+        return Receipt(unit, counts, self._name, time.monotonic() - started)
 
     async def _run_row(self, row: Row | RowError) -> Output:
         """One row's output, whatever happens to it. Only EngineGone passes."""
@@ -116,6 +132,17 @@ class Worker:
         table = result_table(results, column, self._task.output_type)
         commit_part(self._output, stamp, table)
         return counts
+
+
+def _start_engine(spec: WorkerSpec) -> Engine:
+    log_size = spec.log.stat().st_size
+    try:
+        return start_engine(resolve_model(spec.job.model), spec.cpus)
+    except EngineError as error:
+        # vLLM's own processes have logged the reason; what reaches us only says that there is one.
+        cause = root_cause(spec.log, log_size) or str(error.args[0])
+        hint = error.hint or f"The log says more: {spec.log}"
+        raise EngineError(f"the engine did not start: {cause}", hint) from error
 
 
 def _rows_of(table: pa.Table) -> list[Row | RowError]:
@@ -164,7 +191,9 @@ def encode_receipt(receipt: Receipt) -> str:
 
 
 def decode_receipt(text: str) -> Receipt:
-    """The inverse of `encode_receipt`."""
+    """The inverse of `encode_receipt`. Raises the AxbatchError that came in its place."""
     fields = json.loads(text)
+    if "error" in fields:
+        raise error_from_json(text)
     counts = Counts.from_json(fields["counts"])
     return Receipt(Unit(*fields["unit"]), counts, fields["worker"], fields["seconds"])

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from hypothesis import settings
 
 from jobs import load_task
@@ -141,7 +142,7 @@ def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
         try:
             bucket = f"axbatch-{os.getpid()}"
-            Folder("s3://").filesystem.mkdir(bucket)
+            s3fs.S3FileSystem().mkdir(bucket)
             yield f"s3://{bucket}"
         finally:
             use(-1)

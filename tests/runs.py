@@ -57,16 +57,21 @@ class Job:
         counts: dict[str, Any] = json.loads(run.printed)
         return counts
 
-    def parts(self) -> set[str]:
-        """Ids of committed units that are not published yet."""
+    def parts(self) -> list[Path]:
+        """Parts of shards that are not published yet."""
         found = self.output.glob("_axbatch/parts/**/*.parquet")
-        return {str(path.relative_to(self.output)) for path in found}
+        return [path for path in found if path.is_file()]
 
     def rows_done(self) -> int:
         """Rows that a resumed run must not compute again, counted from the files alone."""
-        published = sum(pq.read_metadata(path).num_rows for path in self.output.glob("*.parquet"))
-        ids = (Path(part).stem.split("-") for part in self.parts())
-        return published + sum(int(stop) - int(start) for start, stop in ids)
+        published = list(self.output.glob("*.parquet"))
+        rows = sum(pq.read_metadata(path).num_rows for path in published)
+        for part in self.parts():
+            # While a shard is being published it has both; its output file counts.
+            if part.parent.name not in {path.name for path in published}:
+                start, stop = part.stem.split("-")
+                rows += int(stop) - int(start)
+        return rows
 
 
 class Run:
@@ -88,13 +93,12 @@ class Run:
     def wait(self) -> int:
         return self._process.wait(TIMEOUT_S)
 
-    def wait_for_parts(self, count: int) -> None:
-        """Return once so many units are committed or published by this or an earlier run."""
+    def wait_for_rows(self, count: int) -> None:
+        """Return once so many rows are committed, by this or an earlier run."""
         deadline = time.monotonic() + TIMEOUT_S
-        before = self._job.rows_done()
-        while len(self._job.parts()) < count and self._job.rows_done() <= before + 32 * count:
+        while self._job.rows_done() < count:
             assert self._process.poll() is None, f"ended before: {self.printed}{self.errors}"
-            assert time.monotonic() < deadline, f"no parts: {self.printed}{self.errors}"
+            assert time.monotonic() < deadline, f"no rows: {self.printed}{self.errors}"
             time.sleep(0.02)  # nothing tells us of a file from another process; we must look
 
     def family(self) -> list[psutil.Process]:

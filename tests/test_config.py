@@ -279,7 +279,7 @@ def test_identity_names_its_fields() -> None:
     assert not [name for name in fields if "parallel" in name or "path" in name]
 
 
-engine_values = st.one_of(st.integers(), st.booleans(), st.text(max_size=8))
+engine_values = st.integers(min_value=1)
 paths = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=20)
 
 

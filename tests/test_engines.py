@@ -253,9 +253,6 @@ async def test_http_row_fails_when_the_server_is_gone(
         await started.chat(ask("Hello"))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="defect: an answer of another shape ends in AttributeError, not RowFailed"
-)
 @pytest.mark.parametrize(
     "reply",
     [

@@ -230,10 +230,6 @@ def test_missing_column_is_named_with_those_that_are_there(
         ["text", "id", "id"],
         pytest.param(
             ["text", "text", "id"],
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="defect: a doubled task column is reported as `has no column `text``",
-            ),
         ),
     ],
 )
@@ -246,11 +242,6 @@ def test_two_columns_of_one_name_are_refused(
         plan(job(tmp_path))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="defect: a result column named like a status column is found out when publishing, "
-    "after all rows were computed",
-)
 @pytest.mark.parametrize("column", ["_status", "_reason", "_usage"])
 def test_result_column_named_like_a_status_column_is_refused(
     tmp_path: Path, job: MakeJob, plan: MakePlan, write_parquet: Write, column: str
@@ -295,9 +286,6 @@ def test_output_beside_the_input_may_begin_with_its_name(
     assert plan(job(tmp_path, output={"path": str(tmp_path / "in-ko")})).rows == 3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="defect: taken for an output inside the input; it would never be read"
-)
 @pytest.mark.parametrize("path", ["a.parquet", "*.parquet"])
 def test_output_may_lie_beside_input_files_that_are_named_or_globbed(
     tmp_path: Path, job: MakeJob, plan: MakePlan, write_parquet: Write, path: str
@@ -367,9 +355,6 @@ def test_input_files_may_differ_in_their_columns(
         pytest.param(
             20_000,
             "doc.text",
-            marks=pytest.mark.xfail(
-                strict=True, reason="defect: the bytes of a column with a dot in its name count 0"
-            ),
         ),
     ],
 )
@@ -401,11 +386,6 @@ def test_unknown_task_is_named_with_the_nearest_one(tmp_path: Path, job: MakeJob
     assert "`translate`" in raised.value.hint
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="defect: the type is seen only in a process that has imported ray.data, and the one "
-    "that plans has not",
-)
 def test_pickled_python_objects_are_refused(
     tmp_path: Path, job: MakeJob, write_parquet: Write
 ) -> None:

@@ -205,22 +205,7 @@ def all_sections() -> list[type[Section]]:
     return sorted(ours, key=lambda section: section.__qualname__)
 
 
-UNEXPLAINED = {"EchoOptions": "engine/echo.py: five keys are explained in the module only"}
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        pytest.param(
-            section,
-            id=section.__name__,
-            marks=[pytest.mark.xfail(strict=True, reason=UNEXPLAINED[section.__name__])]
-            if section.__name__ in UNEXPLAINED
-            else [],
-        )
-        for section in all_sections()
-    ],
-)
+@pytest.mark.parametrize("section", all_sections(), ids=lambda section: section.__name__)
 def test_every_key_is_explained(section: type[Section]) -> None:
     assert section.__doc__
     unexplained = [

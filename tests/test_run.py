@@ -66,8 +66,8 @@ def test_run_cut_short_is_completed_by_the_same_command(tmp_path: Path, fault: s
     sizes = [700, 300]
     job = job_with_input(tmp_path, SLOW, sizes)
     run = job.start("run")
-    run.wait_for_parts(3)
-    family = run.family()
+    run.wait_for_rows(96)
+    workers = [process for process in run.family() if process.name().startswith("ray::")]
     match fault:
         case "kill driver":
             run.signal(signal.SIGKILL)
@@ -82,7 +82,6 @@ def test_run_cut_short_is_completed_by_the_same_command(tmp_path: Path, fault: s
         assert code == 0, "Ray replaces the worker and the job goes on"
     else:
         assert code == (-signal.SIGKILL if fault == "kill driver" else 130)
-        workers = [process for process in family if process.name().startswith("ray::")]
         assert not psutil.wait_procs(workers, timeout=60)[1], "a process was left behind"
     if code == 130:
         assert "Go on with: axbatch run" in run.errors

@@ -78,7 +78,6 @@ def test_broken_json_is_an_input_error_that_names_the_file(
     assert staged_files(tmp_path) == {}
 
 
-@pytest.mark.xfail(strict=True, reason="defect: `datasets` raises StopIteration, not caught")
 @pytest.mark.parametrize("name", ["empty.jsonl"])
 def test_empty_file_is_no_internal_error(
     tmp_path: Path, job: MakeJob, plan: MakePlan, name: str
@@ -144,11 +143,6 @@ def test_other_split_of_a_dataset_is_another_file(
     assert (other.shard.name, other.shard.rows) == ("corpus-test.parquet", 1)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="defect: the staged name lacks the dataset's owner and subset, and nothing compares "
-    "them, so the rows of the dataset staged first are used",
-)
 def test_other_dataset_of_the_same_last_name_is_never_taken_for_the_first(
     tmp_path: Path, job: MakeJob, plan: MakePlan
 ) -> None:

@@ -58,10 +58,6 @@ def test_no_bracketed_control_token_survives(case: tuple[str, list[str]]) -> Non
     assert [t for t in controls if unicodedata.normalize("NFC", t) in clean] == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="defect: after a match, the rest of it is not searched, nor what overlaps it",
-)
 @pytest.mark.parametrize(
     ("text", "tokens"),
     [
@@ -128,10 +124,6 @@ def test_text_is_found_at_any_depth_of_lists_and_structs() -> None:
     }
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="defect: Arrow gives a map column as tuples, which RowText does not look into",
-)
 def test_text_is_found_in_a_map_column() -> None:
     import pyarrow as pa
 

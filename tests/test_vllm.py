@@ -1,4 +1,4 @@
-"""Real vLLM, in process: greedy answers, prompts, tool calls and refusals are what they should be."""
+"""Real vLLM, in process: greedy answers, prompts, usage and refusals are what they should be."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ async def test_usage_counts_prompt_cached_and_completion_tokens(demo: VllmEngine
 
 async def test_request_that_does_not_fit_is_refused_and_the_engine_lives(demo: VllmEngine) -> None:
     long = [{"role": "user", "content": "the weather in Seoul " * 2000}]
-    with pytest.raises(RowRejected, match="^too_long: "):
+    with pytest.raises(RowRejected, match=r"^too_long: "):
         await demo.chat({"messages": long, "max_tokens": 8})
-    with pytest.raises(RowRejected, match="^bad_request: "):
+    with pytest.raises(RowRejected, match=r"^bad_request: "):
         await demo.chat({"messages": prompts()[0], "max_tokens": 8, "top_p": 7})
     answer = await demo.chat({"messages": prompts()[0], "max_tokens": 64})
     assert answer.finish_reason == "stop"

@@ -30,6 +30,24 @@ class Engine(Protocol):
         ...
 
 
+def check_engine(model: ModelConfig) -> None:
+    """What can be known of the engine without starting it, before a cluster is.
+
+    Raises JobFileError for options it doesn't have, EngineError if its server is away.
+    """
+    match model.backend:
+        case "vllm":
+            return  # its options are checked by itself: importing it takes ten seconds
+        case "http":
+            from pipeline.engine.http import check_server
+
+            check_server(model)
+        case "echo":
+            from pipeline.engine.echo import EchoEngine
+
+            EchoEngine(model)
+
+
 def start_engine(model: ModelConfig, cpus: int) -> Engine:
     """Start the engine of `model`; `cpus` is what it may use where it has no GPU.
 

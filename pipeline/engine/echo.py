@@ -1,11 +1,7 @@
 """echo: no model. Answers with its last message, after a time that can be set.
 
 For tests, dry runs of a whole job, and benchmarks of everything but the model. A token is a
-whitespace-separated word here. Options under `model.engine`:
-
-    seconds_per_request, seconds_per_prompt_token, seconds_per_completion_token   default 0
-    max_num_seqs    requests at once, default 256
-    max_model_len   prompt and answer together, default 32768
+whitespace-separated word here. `EchoOptions` are its keys under `model.engine`.
 """
 
 from __future__ import annotations
@@ -25,10 +21,19 @@ class EchoOptions(Section):
     """The cost model a + b * prompt + c * completion, in seconds, and the limits."""
 
     seconds_per_request: float = Field(0.0, ge=0)
+    """a"""
+
     seconds_per_prompt_token: float = Field(0.0, ge=0)
+    """b"""
+
     seconds_per_completion_token: float = Field(0.0, ge=0)
+    """c"""
+
     max_num_seqs: int = Field(256, ge=1)
+    """Requests that take their time at once."""
+
     max_model_len: int = Field(32_768, ge=1)
+    """Tokens of prompt and answer together."""
 
 
 class EchoEngine:

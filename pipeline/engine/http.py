@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ class HttpEngine:
     control_tokens: Sequence[str] = ()
 
     def __init__(self, model: ModelConfig) -> None:
-        options = parse_section(HttpOptions, model.engine, "job file", "model.engine.")
+        options = _options(model)
         self.max_num_seqs = options.max_num_seqs
         self._model = model
         self._options = options
@@ -63,8 +64,10 @@ class HttpEngine:
             too_long = error.code == "context_length_exceeded" or "context length" in str(error)
             code = "too_long" if too_long else "bad_request"
             raise RowRejected(f"{code}: {' '.join(error.message.split())[:200]}") from None
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, json.JSONDecodeError) as error:
             raise RowFailed(f"engine_error: {type(error).__name__}") from None
+        if not getattr(answer, "choices", None):
+            raise RowFailed("engine_error: an answer without choices")
         choice, usage = answer.choices[0], answer.usage
         details = usage.prompt_tokens_details if usage else None
         return Completion(
@@ -79,8 +82,14 @@ class HttpEngine:
         )
 
 
+def _options(model: ModelConfig) -> HttpOptions:
+    return parse_section(HttpOptions, model.engine, "job file", "model.engine.")
+
+
 def check_server(model: ModelConfig) -> None:
-    """Raises EngineError if the server is away, refuses the key or lacks the model."""
+    """Raises EngineError if the server is away, refuses the key or lacks the model, JobFileError
+    for an unknown option."""
+    _options(model)
     client = openai.OpenAI(
         base_url=model.base_url,
         api_key=os.environ.get(model.api_key_env) or "none",

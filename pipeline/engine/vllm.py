@@ -171,11 +171,12 @@ def _command_line(options: Mapping[str, Any]) -> list[str]:
 
 
 def _nearest_option(message: str, parser: Any) -> str:
-    known = [o[2:].replace("-", "_") for o in parser._option_string_actions if o[:2] == "--"]
-    wrong = [word[2:].replace("-", "_") for word in message.split() if word.startswith("--")]
-    near = difflib.get_close_matches(wrong[0].rstrip(":"), known, n=1) if wrong else []
-    if near:
-        return f"Did you mean `{near[0]}`?"
+    if "unrecognized" in message:
+        known = [o[2:].replace("-", "_") for o in parser._option_string_actions if o[:2] == "--"]
+        wrong = [word[2:].replace("-", "_") for word in message.split() if word.startswith("--")]
+        near = difflib.get_close_matches(wrong[0], known, n=1) if wrong else []
+        if near:
+            return f"Did you mean `{near[0]}`?"
     return "These are the options of `vllm serve`, with underscores."
 
 
