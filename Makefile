@@ -35,7 +35,7 @@ demo: $(READY)
 	@$(BIN)/axbatch run configs/demo.yaml --show
 
 test: $(READY)
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(READY)
 	@$(BIN)/ruff check .

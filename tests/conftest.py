@@ -27,6 +27,20 @@ settings.load_profile("axbatch")
 START_S3 = Path(__file__).with_name("start_s3.sh")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two cores hold one engine at a time, and one other Ray cluster beside it: each kind keeps to
+    one worker of pytest-xdist. They take longest, so they start first."""
+    order = {"engine": 0, "ray": 1, "": 2}
+
+    def group(item: pytest.Item) -> str:
+        return next((name for name in ("engine", "ray") if item.get_closest_marker(name)), "")
+
+    for item in items:
+        if group(item):
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: order[group(item)])
+
+
 def make_job(folder: Path, **changes: dict[str, Any]) -> JobConfig:
     """Translates folder/in/*.parquet into folder/out without a model; `changes` by section."""
     sections: dict[str, dict[str, Any]] = {

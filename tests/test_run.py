@@ -67,7 +67,7 @@ def test_run_cut_short_is_completed_by_the_same_command(tmp_path: Path, fault: s
     job = job_with_input(tmp_path, SLOW, sizes)
     run = job.start("run")
     run.wait_for_rows(96)
-    workers = [process for process in run.family() if process.name().startswith("ray::")]
+    workers = [run.worker()]
     match fault:
         case "kill driver":
             run.signal(signal.SIGKILL)

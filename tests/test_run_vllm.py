@@ -147,13 +147,21 @@ def test_killed_driver_then_worker_then_engine_then_sigterm(tmp_path: Path) -> N
     assert job.verify()["statuses"] == {"ok": 1200, "rejected": 0, "failed": 0}
 
 
-def test_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
-    job = demo_job(
-        tmp_path, model={"id": "demo", "engine": {**CPU_OPTIONS, "max_model_len": 1_000_000}}
-    )
+@pytest.mark.parametrize(
+    ("option", "exit_code", "reason"),
+    [
+        ({"max_model_len": 1_000_000}, 2, "max_model_len (1000000) is greater"),
+        ({"kv_cache_memory_bytes": 100_000}, 1, "No available memory for the cache"),
+    ],
+    ids=["refused option", "dies while starting"],
+)
+def test_engine_that_cannot_start_says_why(
+    tmp_path: Path, option: dict[str, int], exit_code: int, reason: str
+) -> None:
+    job = demo_job(tmp_path, model={"id": "demo", "engine": {**CPU_OPTIONS, **option}})
     job.write_input("a.parquet", tsv(PAIRS, "en")[:10])
     run = job.start("run")
-    assert run.wait() == 1
-    assert "the engine did not start" in run.errors
-    assert "max_model_len" in run.errors
+    assert run.wait() == exit_code, run.errors
+    assert reason in run.errors
     assert "Traceback" not in run.errors
+    assert len(run.errors.splitlines()) == 2

@@ -187,7 +187,7 @@ SPOILT: dict[str, tuple[Edit, str]] = {
     "no rows": (lambda t: t[:0], "has 0 rows"),
     "other type": (
         lambda t: t.set_column(0, "id", t["id"].cast(pa.int32())),
-        "has columns",
+        "is not the input's `id`",
     ),
     "other name": (lambda t: t.set_column(0, "ID", t["id"]), "has columns"),
     "other order of columns": (

@@ -30,6 +30,8 @@ DEFAULT_OPTIONS: dict[str, Any] = {
     "disable_log_stats": True,
 }
 
+OPTIONS_ARE_VLLMS = "These are the options of `vllm serve`, with underscores."
+
 CPU_KV_CACHE_GIB = 1
 """KV cache of an engine without a GPU, unless `kv_cache_memory_bytes` says otherwise."""
 
@@ -48,6 +50,9 @@ class VllmEngine:
         self._args = _serve_args(model, has_gpu=torch.cuda.is_available())
         try:
             self._llm = AsyncLLM.from_engine_args(_engine_args(self._args))
+        except ValidationError as error:  # a ValueError too, so it comes first
+            reason = " ".join(error.errors()[0]["msg"].removeprefix("Value error, ").split())
+            raise ModelError(f"model.engine: {reason[:300]}", OPTIONS_ARE_VLLMS) from error
         except (OSError, ValueError, RuntimeError) as error:
             raise EngineError(_first_line(error), "Mend `model` in the job file.") from error
         tokenizer = self._llm.renderer.tokenizer
@@ -177,7 +182,7 @@ def _nearest_option(message: str, parser: Any) -> str:
         near = difflib.get_close_matches(wrong[0], known, n=1) if wrong else []
         if near:
             return f"Did you mean `{near[0]}`?"
-    return "These are the options of `vllm serve`, with underscores."
+    return OPTIONS_ARE_VLLMS
 
 
 def _first_line(error: BaseException) -> str:
