@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from pipeline import __version__
 from pipeline.errors import EXIT_INTERRUPTED, AxbatchError, Interrupted
+from pipeline.signals import catch_signals
 
 # Everything heavy is imported by the command that needs it: --help must answer at once.
 if TYPE_CHECKING:
@@ -33,9 +35,11 @@ EPILOG = """exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Errors are shown without a traceback unless -v."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    console, errors = _console(sys.stdout), _console(sys.stderr)
     try:
+        catch_signals()
+        console, errors = _console(sys.stdout), _console(sys.stderr)
         code: int = options.command(options, console)
         return code
     except AxbatchError as error:
@@ -49,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print("axbatch: internal error, please report it with the lines above")
         return 1
     except Interrupted:
-        again = f"axbatch {options.name} {options.job}"
-        errors.print(f"axbatch: interrupted; what is committed stays. Go on with: {again}")
+        again = shlex.join(["axbatch", *arguments])
+        text = f"axbatch: interrupted; what is committed stays. Go on with: {again}"
+        errors.print(text, markup=False, highlight=False, soft_wrap=True)
         return EXIT_INTERRUPTED
 
 
@@ -63,7 +68,8 @@ def _validate(options: argparse.Namespace, console: Console) -> int:
     check_engine(job.model)
     if job.model.id != DEMO:  # which would be trained now
         resolve_model(job.model)
-    console.print(f"{options.job}: valid; {plan.rows:,} rows in {len(plan.shards):,} file(s)")
+    valid = f"{options.job}: valid; {plan.rows:,} rows in {len(plan.shards):,} file(s)"
+    console.print(valid, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -117,7 +123,8 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
         split = ", ".join(f"{n:,} {status}" for status, n in counts.to_json()["statuses"].items())
         console.print(
             f"verified: {counts.rows:,} rows in {len(plan.shards):,} file(s) = {split}; "
-            "order, input columns, identity and checksums are right"
+            "order, input columns, identity and checksums are right",
+            soft_wrap=True,
         )
 
     _answer(options, console, counts.to_json(), show)
@@ -192,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
                          help="override a key of the job file (the value is YAML)")  # fmt: skip
         sub.add_argument("--json", action="store_true", help="print JSON, for programs")
         sub.add_argument("-v", "--verbose", action="store_true", help="show tracebacks")
-        sub.set_defaults(command=command, name=name)
+        sub.set_defaults(command=command)
         return sub
 
     add("validate", _validate, "check the job file, the input's columns and the model's folder")

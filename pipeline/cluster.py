@@ -18,6 +18,7 @@ from pipeline.errors import ClusterError, ModelError
 from pipeline.plan import Plan
 from pipeline.ray_settings import cluster_address
 from pipeline.records import Receipt
+from pipeline.signals import catch_signals
 from pipeline.source import UnitSource
 from pipeline.worker import Worker, WorkerSpec, decode_receipt
 
@@ -26,7 +27,8 @@ PLUMBING_CPUS = 1
 READER_CPUS = 0.1
 CONNECT_TIMEOUT_S = 10
 MAX_READERS = 16
-MAX_UNITS_IN_FLIGHT = 64
+MAX_UNITS_IN_FLIGHT = 256
+FULL_POOL = 0.99
 NO_PROGRESS_TIMEOUT_S = 24 * 3600
 """Ray Data's own 30 minutes would end a job whose units are slow or whose engine is large."""
 
@@ -67,6 +69,7 @@ def ray_cluster(job: JobConfig) -> Iterator[Resources]:
             f"Ray at {address or 'this machine'}: {' '.join(str(error).split())[:200]}",
             "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS.",
         ) from error
+    catch_signals()  # ray.init put its own handler of SIGTERM in place of ours
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         yield _replica_resources(job, nodes)
@@ -141,6 +144,9 @@ def receipts(
     context.target_max_block_size = 1
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     context.enable_progress_bars = False
+    # Ray grows a pool when more tasks wait than it holds; ours are never queued beyond what a
+    # worker does at once, so a full pool is what calls for another replica.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = FULL_POOL
     source = UnitSource(plan, columns)
     dataset = ray.data.read_datasource(
         source,
@@ -175,8 +181,10 @@ def receipts(
 def units_in_flight(job: JobConfig, plan: Plan) -> int:
     """Units that a worker holds at once: half as many rows again as its engine computes at once,
     and one unit more, so that the engine does not drain while a part is committed."""
-    rows = min((s.shard.rows_per_unit for s in plan.shards if s.pending), default=1)
-    return min(MAX_UNITS_IN_FLIGHT, math.ceil(1.5 * job.model.max_num_seqs / rows) + 1)
+    units = sum(1 for shard in plan.shards for _ in shard.units())
+    rows_per_unit = plan.pending_rows / max(1, units)
+    wanted = math.ceil(1.5 * job.model.max_num_seqs / max(1.0, rows_per_unit)) + 1
+    return min(MAX_UNITS_IN_FLIGHT, wanted)
 
 
 def _last_line(error: BaseException) -> str:

@@ -91,7 +91,12 @@ class OutputConfig(Section):
     column: str = Field(min_length=1)
     """The result column; null unless the row's `_status` is ok."""
 
-    _safe = field_validator("path")(_no_credentials)
+    @field_validator("path")
+    @classmethod
+    def _path_can_be_written(cls, path: str) -> str:
+        if "://" in path and not path.startswith(("s3://", "s3a://")):
+            raise ValueError("must be a local path or s3://")
+        return _no_credentials(path)
 
     @field_validator("column")
     @classmethod
@@ -147,6 +152,8 @@ class ModelConfig(Section):
             value = engine.get(name, 1)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1 (it is {value!r})")
+        if engine.get("data_parallel_size", 1) != 1:
+            raise ValueError("data_parallel_size is what `cluster.replicas` does; leave it out")
         return engine
 
     @model_validator(mode="after")
@@ -279,12 +286,12 @@ class JobConfig(Section):
 # Engine options that change speed or placement only. Every other option may change the output
 # and is part of the job's identity.
 EXECUTION_OPTIONS = frozenset({
-    "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_seqs",
+    "tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs",
     "max_num_batched_tokens", "gpu_memory_utilization", "kv_cache_memory_bytes", "enforce_eager",
     "enable_prefix_caching", "enable_chunked_prefill", "distributed_executor_backend",
     "disable_log_stats", "scheduling_policy", "swap_space", "load_format", "download_dir",
-    "compilation_config", "timeout", "seconds_per_request", "seconds_per_prompt_token",
-    "seconds_per_completion_token",
+    "compilation_config", "timeout", "max_retries",
+    "seconds_per_request", "seconds_per_prompt_token", "seconds_per_completion_token",
 })  # fmt: skip
 
 
@@ -295,13 +302,21 @@ def identity_fields(job: JobConfig, task: dict[str, Any]) -> dict[str, Any]:
         "task": task,
         "output": {"column": job.output.column},
         "model": {
-            "id": job.model.id,
+            "id": absolute_model_id(job.model.id),
             "revision": job.model.revision,
             "backend": job.model.backend,
             "engine": engine,
         },
         "sampling": job.sampling.body(),
     })  # fmt: skip
+
+
+def absolute_model_id(model_id: str) -> str:
+    """A local folder as an absolute path, so that it means the same from everywhere; else as is."""
+    folder = Path(model_id).expanduser()
+    if model_id.startswith(("/", ".", "~")) or folder.is_dir():
+        return str(folder.absolute())
+    return model_id
 
 
 def identity_hash(fields: dict[str, Any]) -> str:

@@ -45,6 +45,7 @@ STATUS_COLUMNS = ("_status", "_reason", "_usage")
 ROW_GROUP_ROWS = 65_536
 ROW_GROUP_BYTES = 64 << 20
 READ_ROWS = 4_096
+READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def missing_ranges(rows: int, parts: Iterable[Unit]) -> list[tuple[int, int]]:
 
 def read_stamp(output: Folder, path: str) -> Stamp | None:
     """The stamp in the footer of `path`; None if axbatch didn't write the file."""
-    with output.open(path) as source, input_errors(f"{output.url}/{path}"):
+    with input_errors(f"{output.url}/{path}"), output.open(path) as source:
         metadata = pq.read_metadata(source).metadata or {}
     footer = metadata.get(FOOTER_KEY.encode())
     return Stamp.from_footer(footer) if footer else None
@@ -147,23 +148,31 @@ def publish(
     Memory: about one row group, whatever the size of the shard.
 
     Raises:
-        StorageError: rows are missing, or a page checksum is wrong.
-        RefusedError: a part was made with another identity or from another input.
+        StorageError: rows are missing.
+        InputError: the input or a part is damaged.
+        RefusedError: a part was made with another identity or from another input, or the input
+            has changed since it was planned.
     """
     counts = Counts()
     results = _results_in_order(output, stamp, counts)
-    with source.open(source_path) as file, input_errors(f"{source.url}/{source_path}"):
+    url = f"{source.url}/{source_path}"
+    with input_errors(url), source.open(source_path) as file:
         parquet = open_parquet(file)
+        if parquet.metadata.num_rows != stamp.stop:
+            raise RefusedError(
+                f"{url}: has {parquet.metadata.num_rows:,} rows, had {stamp.stop:,} when planned",
+                "Run again once nothing writes to the input any more.",
+            )
         schema = output_schema(parquet.schema_arrow, fields)
         with output.replacing(stamp.shard) as sink, _writer(sink, schema) as writer:
             buffered: list[pa.Table] = []
-            for batch in parquet.iter_batches(batch_size=READ_ROWS):
-                merged = _beside(batch, results, schema)
-                buffered.append(merged)
+            for batch in read_batches(parquet, url):
+                buffered.append(_beside(batch, results, schema))
                 if _is_row_group(buffered):
                     writer.write_table(pa.concat_tables(buffered))
                     buffered = []
             writer.write_table(pa.concat_tables([*buffered, schema.empty_table()]))
+            results.finish()
             done = Stamp(**{**vars(stamp), "counts": counts})
             writer.add_key_value_metadata({FOOTER_KEY: done.to_footer()})
     output.delete_folder(f"{PARTS}/{stamp.shard}")
@@ -177,6 +186,22 @@ def output_schema(input_schema: pa.Schema, fields: Sequence[pa.Field]) -> pa.Sch
     metadata.pop(b"huggingface", None)
     metadata.pop(FOOTER_KEY.encode(), None)
     return pa.schema([*input_schema, *fields], metadata=metadata)
+
+
+def read_batches(
+    parquet: pq.ParquetFile,
+    url: str,
+    row_groups: Sequence[int] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Batches in row order, each of about READ_BYTES at most. Raises InputError for damage."""
+    metadata = parquet.metadata
+    size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
+    rows = int(READ_BYTES * metadata.num_rows / max(1, size))
+    with input_errors(url):
+        yield from parquet.iter_batches(
+            batch_size=max(1, min(READ_ROWS, rows)), row_groups=row_groups, columns=columns
+        )
 
 
 def open_parquet(file: pa.NativeFile) -> pq.ParquetFile:
@@ -226,6 +251,11 @@ class _Results:
                 self._current, self._used = next(self._tables, None), 0
         return pa.concat_tables(taken)
 
+    def finish(self) -> None:
+        """Raises StorageError if there are more results than rows."""
+        if self._current is not None:
+            raise StorageError("the parts of a shard hold more rows than its input")
+
 
 def _results_in_order(output: Folder, stamp: Stamp, counts: Counts) -> _Results:
     """Results of all rows once, from parts that may overlap where two runs cut units apart."""
@@ -251,7 +281,7 @@ def _results_in_order(output: Folder, stamp: Stamp, counts: Counts) -> _Results:
 
 def _read_part(output: Folder, unit: Unit, stamp: Stamp) -> pa.Table:
     path = part_path(unit)
-    with output.open(path) as file, input_errors(f"{output.url}/{path}"):
+    with input_errors(f"{output.url}/{path}"), output.open(path) as file:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         made = Stamp.from_footer(parquet.metadata.metadata[FOOTER_KEY.encode()])
         check_same_origin(made, stamp.identity, stamp.fingerprint, f"{output.url}/{path}")

@@ -48,7 +48,8 @@ class Shard:
     bytes: int
     fingerprint: str
     rows_per_unit: int
-    schema: pa.Schema
+    row_groups: tuple[int, ...]
+    """Rows of each row group."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class ShardPlan:
     """The stamp of its output file, if it has one."""
     pending: list[tuple[int, int]]
     """Row ranges without a part; empty and unpublished means ready to publish."""
+    has_leftover_parts: bool = False
+    """Published, but a crash came before its parts were dropped."""
 
     @property
     def pending_rows(self) -> int:
@@ -133,9 +136,9 @@ def make_plan(job: JobConfig, task: Task, identity: str) -> Plan:
 
     def state(shard: Shard) -> ShardPlan:
         published = _published(shard, output, identity) if shard.name in existing else None
-        if published:
-            return ShardPlan(shard, published, [])
         committed = parts.get(shard.name, [])
+        if published:
+            return ShardPlan(shard, published, [], has_leftover_parts=bool(committed))
         if committed:
             _check_part(shard, output, committed[0], identity)
         return ShardPlan(shard, None, missing_ranges(shard.rows, committed))
@@ -216,7 +219,7 @@ def _real_path(folder: Folder) -> str:
 
 
 def _read_shard(file: _InputFile, columns: Sequence[str], taken: Sequence[str], rows: int) -> Shard:
-    with file.source.open(file.entry.path) as opened, input_errors(file.origin):
+    with input_errors(file.origin), file.source.open(file.entry.path) as opened:
         parquet = open_parquet(opened)
         schema, metadata = parquet.schema_arrow, parquet.metadata
         paths = [metadata.schema.column(c).path for c in range(metadata.num_columns)]
@@ -237,7 +240,7 @@ def _read_shard(file: _InputFile, columns: Sequence[str], taken: Sequence[str], 
         bytes=file.entry.size,
         fingerprint=file.entry.fingerprint,
         rows_per_unit=max(1, min(rows, int(UNIT_BYTES / bytes_per_row))),
-        schema=schema,
+        row_groups=tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)),
     )
 
 

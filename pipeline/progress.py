@@ -62,6 +62,11 @@ class Progress:
         return self.counts.rows / self.seconds if self.seconds > 0 else 0.0
 
     @property
+    def workers(self) -> int:
+        """Workers that have sent a receipt; a replaced one counts again."""
+        return len(self._seen)
+
+    @property
     def replicas_up(self) -> int:
         silence = max(REPLICA_SILENCE_S, 4 * self._longest_unit)
         now = time.monotonic()

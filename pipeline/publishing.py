@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
-from pipeline.parts import Stamp, publish, result_fields
+from pipeline.parts import PARTS, Stamp, publish, result_fields
 from pipeline.plan import Plan, ShardPlan
 from pipeline.records import Counts, Receipt
 from pipeline.storage import Folder
@@ -27,12 +28,15 @@ class Publisher:
         self._fields = result_fields(column, task.output_type)
         self._run = run
         self._shards = {shard.shard.name: shard for shard in plan.unpublished}
+        self._leftovers = [s.shard.name for s in plan.shards if s.has_leftover_parts]
         self._missing = {name: shard.pending_rows for name, shard in self._shards.items()}
         self._received: dict[str, set[int]] = {name: set() for name in self._shards}
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="publish")
         self._publishing: list[Future[Counts]] = []
 
     def __enter__(self) -> Publisher:
+        for name in self._leftovers:
+            self._output.delete_folder(f"{PARTS}/{name}")
         for name, missing in list(self._missing.items()):
             if missing == 0:
                 self._publish(name)
@@ -41,13 +45,16 @@ class Publisher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=error is not None)
-        if error is None:
-            for publishing in self._publishing:
-                self.counts.add(publishing.result())
+        try:
+            while error is None and self._publishing:
+                self._collect(wait(self._publishing, return_when=FIRST_COMPLETED).done)
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     def received(self, receipt: Receipt) -> None:
-        """Count a committed unit, once; publish its shard if it was the last."""
+        """Count a committed unit, once; publish its shard if it was the last. Raises what went
+        wrong with a shard before: engines must not work on for an output that can't be written."""
+        self._collect([publishing for publishing in self._publishing if publishing.done()])
         unit = receipt.unit
         if unit.start in self._received[unit.shard]:
             return
@@ -55,6 +62,11 @@ class Publisher:
         self._missing[unit.shard] -= unit.rows
         if self._missing[unit.shard] == 0:
             self._publish(unit.shard)
+
+    def _collect(self, published: Iterable[Future[Counts]]) -> None:
+        for publishing in published:
+            self._publishing.remove(publishing)
+            self.counts.add(publishing.result())
 
     def _publish(self, name: str) -> None:
         self._received[name].clear()

@@ -32,6 +32,7 @@ def guard_children(lock: Path) -> None:
     )
     assert guard.stdout is not None
     guard.stdout.readline()  # it holds the lock now
+    guard.wait()
 
 
 def wait_for_guards(lock: Path) -> None:
@@ -42,6 +43,8 @@ def wait_for_guards(lock: Path) -> None:
 
 
 def _guard(leader: int, lock: Path) -> None:
+    if os.fork():
+        os._exit(0)  # Ray kills the children of a worker that ends; init's child stays
     with lock.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         print("guarding", flush=True)

@@ -78,11 +78,19 @@ def show_examples(
             first: pa.RecordBatch | None = next(
                 open_parquet(file).iter_batches(EXAMPLES, columns=names), None
             )
-        for row in first.to_pylist()[:per_shard] if first else []:
-            if shown < EXAMPLES:
-                table.add_row(*(escape(str(row[name])) for name in names))
-                shown += 1
+        if first is None:
+            continue
+        for row in range(min(per_shard, first.num_rows, EXAMPLES - shown)):
+            table.add_row(*(escape(_shown(first[name][row])) for name in names))
+            shown += 1
     console.print(table)
+
+
+def _shown(value: pa.Scalar) -> str:
+    try:
+        return str(value.as_py())
+    except UnicodeDecodeError:
+        return "(not UTF-8)"
 
 
 def _add_counts(table: Table, counts: Counts) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from types import FrameType
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,7 +16,7 @@ from jobs import load_task
 from pipeline import __version__
 from pipeline.config import JobConfig, identity_fields, identity_hash
 from pipeline.engine import check_engine
-from pipeline.errors import EXIT_TOO_MANY_NOT_OK, Interrupted, RefusedError
+from pipeline.errors import EXIT_TOO_MANY_NOT_OK, RefusedError
 from pipeline.logs import engines_lock, redirect_output, run_log
 from pipeline.model import resolve_model
 from pipeline.plan import Plan, make_plan
@@ -29,6 +26,7 @@ from pipeline.ray_settings import apply_ray_settings, cluster_address
 from pipeline.reaper import wait_for_guards
 from pipeline.records import Counts
 from pipeline.storage import Folder
+from pipeline.task import Task
 
 JOB_FILE = "_axbatch/job.json"
 
@@ -46,6 +44,8 @@ class Summary:
     """Of all rows of the job."""
     run_counts: Counts
     """Of the rows that this run computed."""
+    workers: int
+    """That took part in this run."""
     seconds: float
     """Of computing, without the engines' start."""
     wall_seconds: float
@@ -61,6 +61,7 @@ class Summary:
             "identity": self.identity,
             "job": self.counts.to_json(),
             "this_run": self.run_counts.to_json(),
+            "workers": self.workers,
             "seconds": round(self.seconds, 3),
             "wall_seconds": round(self.wall_seconds, 3),
             "exit_code": self.exit_code,
@@ -77,47 +78,48 @@ def run_job(job: JobConfig, console: Console) -> Summary:
     """
     started, run = time.monotonic(), new_run_id()
     task, output = load_task(job), Folder(job.output.path)
-    with interruptible():
-        fields = identity_fields(job, task.identity())
-        identity = identity_hash(fields)
-        check_identity(output, fields)
-        plan = make_plan(job, task, identity)
-        progress = Progress(plan, job.cluster.range.max)
-        log = None
-        with Publisher(plan, output, task, job.output.column, run) as publisher:
-            if plan.unpublished:
-                record_job(output, job, fields)
-            if plan.pending_rows:
-                console.print(_opening(plan), highlight=False, soft_wrap=True)
-                resolve_model(job.model, announce=console.print)
-                check_engine(job.model)
-                log = run_log(output, run)
-                redirect_output(log)
-                with shown(progress, console):
-                    _compute(job, plan, task.columns, run, progress, publisher)
-        summary = Summary(
-            run=run,
-            output=output.url,
-            log=str(log) if log else None,
-            identity=identity,
-            counts=publisher.counts,
-            run_counts=progress.counts,
-            seconds=progress.seconds,
-            wall_seconds=time.monotonic() - started,
-            max_failed_fraction=job.limits.max_failed_fraction,
-            exit_code=exit_code(publisher.counts, job),
-        )
+    fields = identity_fields(job, task.identity())
+    identity = identity_hash(fields)
+    check_identity(output, fields)
+    plan = make_plan(job, task, identity)
+    progress = Progress(plan, job.cluster.range.max)
+    log = None
+    with Publisher(plan, output, task, job.output.column, run) as publisher:
         if plan.unpublished:
-            record = json.dumps(summary.to_json(), indent=1)
-            output.replace(f"_axbatch/runs/{run}.json", record.encode())
+            record_job(output, job, fields)
+        if plan.pending_rows:
+            console.print(_opening(plan), highlight=False, soft_wrap=True)
+            resolve_model(job.model, announce=console.print)
+            check_engine(job.model)
+            log = run_log(output, run)
+            redirect_output(log)
+            with shown(progress, console):
+                _compute(job, plan, task, run, log, progress, publisher)
+    summary = Summary(
+        run=run,
+        output=output.url,
+        log=str(log) if log else None,
+        identity=identity,
+        counts=publisher.counts,
+        run_counts=progress.counts,
+        workers=progress.workers,
+        seconds=progress.seconds,
+        wall_seconds=time.monotonic() - started,
+        max_failed_fraction=job.limits.max_failed_fraction,
+        exit_code=exit_code(publisher.counts, job),
+    )
+    if plan.unpublished:
+        record = json.dumps(summary.to_json(), indent=1)
+        output.replace(f"_axbatch/runs/{run}.json", record.encode())
     return summary
 
 
 def _compute(
     job: JobConfig,
     plan: Plan,
-    columns: list[str],
+    task: Task,
     run: str,
+    log: Path,
     progress: Progress,
     publisher: Publisher,
 ) -> None:
@@ -126,12 +128,10 @@ def _compute(
     from pipeline.cluster import ray_cluster, receipts
     from pipeline.worker import WorkerSpec
 
-    log = run_log(Folder(job.output.path), run)
     try:
-        # Ray puts its own handler of SIGTERM in place of ours when it starts.
-        with ray_cluster(job) as share, interruptible():
+        with ray_cluster(job) as share:
             spec = WorkerSpec(job, plan.identity, run, log, share.cpus)
-            for receipt in receipts(plan, columns, spec, share):
+            for receipt in receipts(plan, task.columns, spec, share):
                 progress.add(receipt)
                 publisher.received(receipt)
     finally:
@@ -172,24 +172,6 @@ def exit_code(counts: Counts, job: JobConfig) -> int:
 def new_run_id() -> str:
     """Sorts by start time; unique where two start in one second."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted in this block; a second one is ignored while the
-    first is being handled, so that engines and temporary files are always cleared away."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        for handled in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(handled, signal.SIG_IGN)
-        raise Interrupted
-
-    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _opening(plan: Plan) -> str:

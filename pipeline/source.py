@@ -7,6 +7,7 @@ one Arrow IPC message: files whose column types differ then need no common schem
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from pipeline.errors import AxbatchError, error_from_json
-from pipeline.parts import input_errors, open_parquet
+from pipeline.parts import input_errors, open_parquet, read_batches
 from pipeline.plan import Plan, Shard, ShardPlan
 from pipeline.records import Unit
 from pipeline.storage import Folder
@@ -29,7 +30,8 @@ UNIT_SCHEMA = pa.schema([
 ])  # fmt: skip
 
 TASK_ROWS = 1 << 18
-"""Rows that one read task covers, so that a very large file is read by several at once."""
+"""Rows that one read task covers, so that a very large file is read by several at once. A task
+ends with a row group: two that share one would both decode it from its beginning."""
 
 
 def encode_unit(unit: Unit, fingerprint: str, rows: pa.Table) -> pa.Table:
@@ -76,19 +78,18 @@ def read_units(
     are skipped, and no more than a batch is held."""
     wanted = iter(units)
     unit = next(wanted, None)
-    with source.open(path) as file, input_errors(f"{source.url}/{path}"):
+    if unit is None:
+        return
+    with input_errors(f"{source.url}/{path}"), source.open(path) as file:
         parquet = open_parquet(file)
         position = 0
         held: list[pa.RecordBatch] = []
         for group in range(parquet.num_row_groups):
             group_rows = parquet.metadata.row_group(group).num_rows
-            if unit is None:
-                return
-            if unit.start >= position + group_rows:
+            if unit is not None and unit.start >= position + group_rows:
                 position += group_rows
                 continue
-            batch_size = max(unit.rows, 1024)
-            for batch in parquet.iter_batches(batch_size, row_groups=[group], columns=columns):
+            for batch in read_batches(parquet, f"{source.url}/{path}", [group], columns):
                 end = position + batch.num_rows
                 while unit is not None and unit.start < end:
                     first = max(unit.start, position) - position
@@ -98,6 +99,8 @@ def read_units(
                         break
                     yield unit, pa.Table.from_batches(held)
                     held, unit = [], next(wanted, None)
+                if unit is None:
+                    return
                 position = end
 
 
@@ -147,13 +150,16 @@ def _reader(
 
 def _task_units(shard: ShardPlan) -> Iterator[list[Unit]]:
     """Units of one read task each, in row order."""
+    group_ends = accumulate(shard.shard.row_groups)
     units: list[Unit] = []
-    rows = 0
+    group_end, rows = next(group_ends, 0), 0
     for unit in shard.units():
-        units.append(unit)
-        rows += unit.rows
-        if rows >= TASK_ROWS:
+        if rows >= TASK_ROWS and unit.start >= group_end:
             yield units
             units, rows = [], 0
+        while unit.stop > group_end:
+            group_end = next(group_ends)
+        units.append(unit)
+        rows += unit.rows
     if units:
         yield units

@@ -48,7 +48,16 @@ def stage_file(source: Folder, entry: Entry, output: Folder) -> Entry:
         import datasets
 
         builder = BUILDERS[suffix_of(entry.path)]
-        return datasets.load_dataset(builder, data_files=url, split="train", cache_dir=cache)
+        # `datasets` takes a name with brackets or stars for a pattern; this one has none.
+        copy = Path(cache) / f"source{suffix_of(entry.path)}"
+        with source.open(entry.path) as original, copy.open("wb") as plain:
+            while piece := original.read(16 << 20):
+                plain.write(piece)
+        # Words such as NA and None are text to translate, not missing values.
+        options = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
+        return datasets.load_dataset(
+            builder, data_files=str(copy), split="train", cache_dir=cache, **options
+        )
 
     return _stage(output, target, url, entry.fingerprint, load)
 

@@ -8,8 +8,10 @@ used for it: some stores ignore the condition there and overwrite.
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,9 +49,6 @@ class Folder:
         self.url = absolute_url(url)
         self.filesystem, self.root = filesystem_of(self.url)
         self.is_local = "file" in _protocols(self.filesystem)
-
-    def __truediv__(self, path: str) -> Folder:
-        return Folder(posixpath.join(self.url, path))
 
     def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
         return type(self), (self.url,)
@@ -125,11 +124,14 @@ class Folder:
 
     def delete_folder(self, path: str) -> None:
         """Remove a folder and all below it; fine if it is gone already."""
-        with storage_errors(f"{self.url}/{path}"):
-            try:
-                self.filesystem.rm(self.full(path), recursive=True)
-            except FileNotFoundError:
-                return
+        if self.is_local:
+            with storage_errors(f"{self.url}/{path}"):
+                shutil.rmtree(self.full(path), ignore_errors=True)
+            return
+        # By their listed names: fsspec's own `rm` takes brackets and stars in a name for a glob.
+        for entry in self.list(path):
+            with storage_errors(f"{self.url}/{path}"):
+                self.filesystem.rm_file(self.full(entry.path))
 
     @contextmanager
     def _temporary(self) -> Iterator[tuple[IO[bytes], Path]]:
@@ -216,7 +218,7 @@ def storage_errors(url: str) -> Iterator[None]:
     except OSError as error:
         hint = (
             "Free some space, then run the same command again."
-            if error.errno == 28
+            if error.errno == errno.ENOSPC
             else ("Nothing half-written counts; run the same command again once storage is back.")
         )
         raise StorageError(f"{url}: {_short(error)}", hint) from error
@@ -273,7 +275,7 @@ def find_files(url: str) -> tuple[Folder, list[Entry]]:
             raise InputError(f"{url}: no such file or folder", "Check `input.path`.")
     base = root.rstrip("/") + "/"
     entries = sorted(_entry(name.removeprefix(base), info) for name, info in found.items())
-    visible = [e for e in entries if not any(p[0] in "_." for p in e.path.split("/"))]
+    visible = [e for e in entries if not any(p[:1] in ("_", ".") for p in e.path.split("/"))]
     if not visible:
         raise InputError(f"{url}: {what}", "Check `input.path`.")
     return Folder(filesystem.unstrip_protocol(root) if "://" in url else root), visible

@@ -16,10 +16,10 @@ import yaml
 
 import jobs
 import pipeline
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, absolute_model_id
 from pipeline.errors import ClusterError, RefusedError
 from pipeline.ray_settings import apply_ray_settings
-from pipeline.storage import Folder
+from pipeline.storage import Folder, absolute_url
 
 
 @dataclass(frozen=True)
@@ -124,19 +124,15 @@ def _active(identifier: str, address: str) -> RefusedError:
 
 def _with_absolute_paths(job: JobConfig) -> JobConfig:
     """The same job from any working directory. Local paths must be shared with the cluster."""
-
-    def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).expanduser().absolute())
-
-    paths = [absolute(path) for path in job.input.paths]
-    model_id = job.model.id
-    if Path(model_id).expanduser().is_dir() or model_id.startswith(("/", ".", "~")):
-        model_id = absolute(model_id)
+    paths = [absolute_url(path) for path in job.input.paths]
+    dataset = job.input.dataset
+    if dataset is not None and Path(dataset).is_dir():
+        dataset = absolute_url(dataset)
     return job.model_copy(
         update={
-            "input": job.input.model_copy(update={"path": paths or None}),
-            "output": job.output.model_copy(update={"path": absolute(job.output.path)}),
-            "model": job.model.model_copy(update={"id": model_id}),
+            "input": job.input.model_copy(update={"path": paths or None, "dataset": dataset}),
+            "output": job.output.model_copy(update={"path": absolute_url(job.output.path)}),
+            "model": job.model.model_copy(update={"id": absolute_model_id(job.model.id)}),
         }
     )
 

@@ -28,9 +28,14 @@ class RowText:
     """Makes row values safe to template. Call it with any row value; text inside is found."""
 
     def __init__(self, control_tokens: Iterable[str] = ()) -> None:
-        shapes = [CONTROL_TOKEN_SHAPE, *map(re.escape, sorted(set(control_tokens)))]
-        # Looks ahead, so that tokens that overlap are each found at their first character.
-        self._control = re.compile(rf"(?=(?:{'|'.join(shapes)})).", re.DOTALL)
+        # Matches a token's first character and looks ahead for the rest, so that tokens that
+        # overlap are each found; by first character, so that `re` skips plain text quickly.
+        rests: dict[str, list[str]] = {"<": [CONTROL_TOKEN_SHAPE.removeprefix("<")]}
+        for token in sorted(set(control_tokens)):
+            rests.setdefault(token[0], []).append(re.escape(token[1:]))
+        self._control = re.compile(
+            "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
+        )
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, str):

@@ -7,16 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, VerifyError
 from pipeline.parts import (
-    READ_ROWS,
     STATUS_COLUMNS,
     Stamp,
     count_rows,
     input_errors,
     open_parquet,
+    read_batches,
 )
 from pipeline.plan import Plan, Shard, ShardPlan
 from pipeline.records import STATUSES, Counts
@@ -69,7 +68,11 @@ def _side_by_side(
 ) -> Iterator[tuple[int, pa.RecordBatch, pa.RecordBatch]]:
     """Batches of the same rows of input and output, with the number of their first row."""
     url = f"{output.url}/{shard.name}"
-    with shard.source.open(shard.path) as input_file, output.open(shard.name) as output_file:
+    with (
+        input_errors(f"{shard.source.url}/{shard.path}"),
+        shard.source.open(shard.path) as input_file,
+        output.open(shard.name) as output_file,
+    ):
         given, made = open_parquet(input_file), open_parquet(output_file)
         if given.metadata.num_rows != made.metadata.num_rows:
             raise VerifyError(
@@ -79,16 +82,11 @@ def _side_by_side(
         expected = [*given.schema_arrow.names, column, *STATUS_COLUMNS]
         if made.schema_arrow.names != expected:
             raise VerifyError(f"{url}: has columns {made.schema_arrow.names}, not {expected}")
-        made_rows = _Rows(_read(made, url))
+        made_rows = _Rows(read_batches(made, url))
         start = 0
-        for batch in _read(given, f"{shard.source.url}/{shard.path}"):
+        for batch in read_batches(given, f"{shard.source.url}/{shard.path}"):
             yield start, batch, made_rows.take(batch.num_rows)
             start += batch.num_rows
-
-
-def _read(parquet: pq.ParquetFile, url: str) -> Iterator[pa.RecordBatch]:
-    with input_errors(url):
-        yield from parquet.iter_batches(READ_ROWS)
 
 
 class _Rows:

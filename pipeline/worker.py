@@ -106,7 +106,7 @@ class Worker:
             output = Output(None, "rejected", error.reason)
         except RowFailed as error:
             output = Output(None, "failed", error.reason)
-        except EngineGone:
+        except (EngineGone, AxbatchError):
             raise
         except Exception as error:
             # A bug in a task kind is this row's trouble, not the job's. The type alone: the

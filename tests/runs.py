@@ -107,9 +107,8 @@ class Run:
         return [driver, *driver.children(recursive=True)]
 
     def worker(self) -> psutil.Process:
-        """One of its worker actors."""
-        workers = [p for p in self.family() if "MapWorker" in " ".join(p.cmdline())]
-        return workers[0]
+        """One of its worker actors that is up."""
+        return next(p for p in self.family() if p.is_running() and "MapWorker" in p.name())
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)

@@ -243,13 +243,13 @@ async def test_http_row_fails_when_the_server_keeps_stumbling(
     assert len(server.bodies) == 2
 
 
-async def test_http_row_fails_when_the_server_is_gone(
+async def test_http_server_that_is_gone_ends_the_job_and_marks_no_row(
     server: Server, engine: Callable[..., HttpEngine]
 ) -> None:
     started = engine(max_retries=0)
     server.shutdown()
     server.server_close()
-    with pytest.raises(RowFailed, match="engine_error: APIConnectionError"):
+    with pytest.raises(EngineError, match="APIConnectionError after 0 retries"):
         await started.chat(ask("Hello"))
 
 

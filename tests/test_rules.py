@@ -29,6 +29,7 @@ LAYERS = [
     {"pipeline.config"},
     {
         "pipeline.ray_settings",
+        "pipeline.signals",
         "pipeline.tokens",
         "pipeline.task",
         "pipeline.checks",
@@ -47,7 +48,7 @@ LAYERS = [
 ONLY_HERE = {
     "vllm": {"pipeline/engine/vllm.py"},
     "ray": {"pipeline/source.py", "pipeline/cluster.py", "pipeline/submit.py"},
-    "torch": {"pipeline/engine/vllm.py", "pipeline/demo/train.py"},
+    "torch": {"pipeline/demo/train.py"},
     "datasets": {"pipeline/staging.py"},
     "openai": {"pipeline/engine/http.py"},
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from pipeline.config import ModelConfig
+from pipeline.errors import EngineError
 from pipeline.records import Completion
 
 
@@ -37,7 +39,11 @@ def check_engine(model: ModelConfig) -> None:
     """
     match model.backend:
         case "vllm":
-            return  # its options are checked by itself: importing it takes ten seconds
+            # Its options are checked by itself: importing it takes ten seconds.
+            if find_spec("vllm") is None:
+                raise EngineError(
+                    "vllm is not installed", "Install axbatch[gpu], or `make setup` without a GPU."
+                )
         case "http":
             from pipeline.engine.http import check_server
 

@@ -15,6 +15,14 @@ from pipeline.config import ModelConfig, Section, parse_section
 from pipeline.errors import EngineError, RowFailed, RowRejected
 from pipeline.records import Completion, Usage
 
+# The server is away, or refuses us: no row's fault, and true of all rows to come.
+GONE = (
+    openai.APIConnectionError,
+    openai.AuthenticationError,
+    openai.PermissionDeniedError,
+    openai.NotFoundError,
+)
+
 
 class HttpOptions(Section):
     """Options under `model.engine`."""
@@ -64,6 +72,14 @@ class HttpEngine:
             too_long = error.code == "context_length_exceeded" or "context length" in str(error)
             code = "too_long" if too_long else "bad_request"
             raise RowRejected(f"{code}: {' '.join(error.message.split())[:200]}") from None
+        except GONE as error:
+            if isinstance(error, openai.APITimeoutError):
+                raise RowFailed("engine_error: APITimeoutError") from None
+            raise EngineError(
+                f"{self._model.base_url}: {type(error).__name__} after {self._options.max_retries} "
+                "retries",
+                "Mend the server or the key; then the same command goes on where it stopped.",
+            ) from None
         except (openai.OpenAIError, json.JSONDecodeError) as error:
             raise RowFailed(f"engine_error: {type(error).__name__}") from None
         if not getattr(answer, "choices", None):

@@ -41,13 +41,12 @@ class VllmEngine:
 
     def __init__(self, model: ModelConfig, cpus: int) -> None:
         _prepare_environment(model, cpus)
-        import torch
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self.max_num_seqs = model.max_num_seqs
         self._dead = EngineDeadError
-        self._args = _serve_args(model, has_gpu=torch.cuda.is_available())
+        self._args = _serve_args(model)
         try:
             self._llm = AsyncLLM.from_engine_args(_engine_args(self._args))
         except ValidationError as error:  # a ValueError too, so it comes first
@@ -128,7 +127,7 @@ def _prepare_environment(model: ModelConfig, cpus: int) -> None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = omp_binding(claim_cores(cpus), ranks)
 
 
-def _serve_args(model: ModelConfig, has_gpu: bool) -> Any:
+def _serve_args(model: ModelConfig) -> Any:
     """The namespace of `vllm serve` with these options. Raises ModelError for a wrong one."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
