@@ -24,7 +24,7 @@ from pipeline.parts import (
     read_stamp,
 )
 from pipeline.records import Counts, Unit
-from pipeline.staging import BUILDERS, stage_dataset, stage_file, staged_name, suffix_of
+from pipeline.staging import BUILDERS, STAGED, stage_dataset, stage_file, staged_name, suffix_of
 from pipeline.storage import Entry, Folder, absolute_url, find_files
 from pipeline.task import Task
 
@@ -50,6 +50,18 @@ class Shard:
     rows_per_unit: int
     row_groups: tuple[int, ...]
     """Rows of each row group."""
+
+    def check_unchanged(self) -> None:
+        """Raises RefusedError if the input file was replaced since it was planned."""
+        if self.path.startswith(STAGED):
+            return  # its fingerprint is that of the file it was staged from
+        with input_errors(f"{self.source.url}/{self.path}"):
+            now = self.source.entry(self.path).fingerprint
+        if now != self.fingerprint:
+            raise RefusedError(
+                f"{self.source.url}/{self.path}: was replaced while the job ran",
+                "Put the old file back, or give the job a new `output.path`.",
+            )
 
 
 @dataclass(frozen=True)

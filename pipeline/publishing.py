@@ -74,6 +74,7 @@ class Publisher:
 
     def _merge(self, planned: ShardPlan) -> Counts:
         shard = planned.shard
+        shard.check_unchanged()
         stamp = Stamp(
             identity=self._identity,
             shard=shard.name,

@@ -71,6 +71,11 @@ class Folder:
         base = self.root.rstrip("/") + "/"
         return sorted(_entry(name.removeprefix(base), info) for name, info in found.items())
 
+    def entry(self, path: str) -> Entry:
+        """The file `path` as it is now. Raises FileNotFoundError."""
+        with storage_errors(f"{self.url}/{path}"):
+            return _entry(path, self.filesystem.info(self.full(path)))
+
     def exists(self, path: str) -> bool:
         with storage_errors(self.url):
             return bool(self.filesystem.exists(self.full(path)))

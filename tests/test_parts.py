@@ -144,6 +144,18 @@ def test_parts_are_gone_once_their_shard_is_published(shard: Shard) -> None:
     assert [entry.path for entry in shard.output.list()] == [SHARD]
 
 
+@pytest.mark.parametrize("rows", [ROWS - 10, ROWS + 10])
+def test_input_that_shrank_or_grew_since_the_plan_is_refused_and_keeps_its_parts(
+    shard: Shard, rows: int
+) -> None:
+    shard.write(pa.table({"id": range(rows)}))
+    shard.commit(0, ROWS)
+    with pytest.raises(RefusedError, match=SHARD):
+        shard.publish()
+    assert not (Path(shard.output.url) / SHARD).exists()
+    assert parts_among(shard.output.list())[SHARD] == [Unit(SHARD, 0, ROWS)]
+
+
 def test_second_commit_of_a_unit_changes_nothing(shard: Shard) -> None:
     assert shard.commit(0, 10) is True
     before = shard.output.read(part_path(Unit(SHARD, 0, 10)))

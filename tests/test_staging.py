@@ -87,6 +87,22 @@ def test_empty_file_is_no_internal_error(
         plan(job(tmp_path))
 
 
+def test_name_with_brackets_is_no_pattern(tmp_path: Path, job: MakeJob, plan: MakePlan) -> None:
+    write(tmp_path / "in/news 1.jsonl", '{"text": "one"}\n')
+    write(tmp_path / "in/news [1].jsonl", '{"text": "two"}\n{"text": "three"}\n')
+    rows = {planned.shard.name: planned.shard.rows for planned in plan(job(tmp_path)).shards}
+    assert rows == {"news 1.parquet": 1, "news [1].parquet": 2}
+
+
+def test_words_that_look_like_missing_values_stay_text(
+    tmp_path: Path, job: MakeJob, plan: MakePlan
+) -> None:
+    write(tmp_path / "in/a.csv", "text\nNA\nNone\nnull\n")
+    staged = plan(job(tmp_path)).shards[0].shard
+    table = pq.read_table(f"{staged.source.url}/{staged.path}")
+    assert table["text"].to_pylist() == ["NA", "None", "null"]
+
+
 def test_file_mended_after_an_error_is_staged(tmp_path: Path, job: MakeJob, plan: MakePlan) -> None:
     path = write(tmp_path / "in/news.jsonl", "{")
     with pytest.raises(InputError):

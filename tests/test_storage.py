@@ -140,6 +140,14 @@ def test_deleted_folder_takes_nothing_else_along(folder: Folder) -> None:
     assert [entry.path for entry in folder.list()] == ["parts/ab/3"]
 
 
+@pytest.mark.parametrize("name", ["news [1]", "news*", "a?"])
+def test_deleted_folder_is_no_pattern(folder: Folder, name: str) -> None:
+    put(folder, f"parts/{name}/x", "parts/news 1/x", "parts/news/x", "parts/ab/x")
+    folder.delete_folder(f"parts/{name}")
+    kept = [entry.path for entry in folder.list("parts")]
+    assert kept == ["parts/ab/x", "parts/news 1/x", "parts/news/x"]
+
+
 def test_missing_file_is_a_file_not_found_error(folder: Folder) -> None:
     assert not folder.exists("none")
     with pytest.raises(FileNotFoundError):
