@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from importlib import import_module
 
-from pipeline.config import JobConfig, parse_section
+from pipeline.config import JobConfig
 from pipeline.errors import JobFileError
+from pipeline.job_file import parse_section
 from pipeline.task import Task
 
 KINDS = {"translate": "jobs.translate:Translate"}

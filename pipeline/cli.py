@@ -149,7 +149,7 @@ def _submit(options: argparse.Namespace, console: Console) -> int:
 
 def _load(options: argparse.Namespace) -> tuple[JobConfig, Task]:
     from jobs import load_task
-    from pipeline.config import load_job
+    from pipeline.job_file import load_job
 
     job = load_job(Path(options.job), options.set)
     return job, load_task(job, options.job)

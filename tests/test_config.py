@@ -18,9 +18,9 @@ from pipeline.config import (
     ReplicaRange,
     identity_fields,
     identity_hash,
-    load_job,
 )
 from pipeline.errors import JobFileError
+from pipeline.job_file import load_job
 
 MINIMAL: dict[str, Any] = {
     "name": "news",

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from jobs import load_task
-from pipeline.config import Section, load_job
+from pipeline.config import Section
+from pipeline.job_file import load_job
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")])
@@ -27,6 +28,7 @@ README = ROOT / "README.md"
 LAYERS = [
     {"pipeline.errors", "pipeline.records"},
     {"pipeline.config"},
+    {"pipeline.job_file"},
     {
         "pipeline.ray_settings",
         "pipeline.signals",
@@ -273,7 +275,7 @@ def test_a_job_file_is_checked_without_ray_and_torch() -> None:
 import sys
 from pathlib import Path
 from jobs import load_task
-from pipeline.config import load_job
+from pipeline.job_file import load_job
 load_task(load_job(Path("configs/demo.yaml")))
 print("loaded:", [name for name in ("ray", "torch", "vllm", "datasets") if name in sys.modules])
 """

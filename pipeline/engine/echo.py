@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.config import ModelConfig, Section, parse_section
+from pipeline.config import ModelConfig, Section
 from pipeline.errors import RowRejected
+from pipeline.job_file import parse_section
 from pipeline.records import Completion, Usage
 
 

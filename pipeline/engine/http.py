@@ -11,8 +11,9 @@ from typing import Any
 import openai
 from pydantic import Field
 
-from pipeline.config import ModelConfig, Section, parse_section
+from pipeline.config import ModelConfig, Section
 from pipeline.errors import EngineError, RowFailed, RowRejected
+from pipeline.job_file import parse_section
 from pipeline.records import Completion, Usage
 
 # The server is away, or refuses us: no row's fault, and true of all rows to come.
