@@ -60,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _validate(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.config import DEMO
     from pipeline.engine import check_engine
-    from pipeline.model import DEMO, resolve_model
+    from pipeline.model import resolve_model
 
     job, task = _load(options)
     plan = _plan(job, task)

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+DEMO = "demo"
+"""The id of the embedded model."""
+
 
 class Section(BaseModel):
     """A part of the job file: immutable, and strict about names and types."""
@@ -306,6 +309,8 @@ def identity_fields(job: JobConfig, task: dict[str, Any]) -> dict[str, Any]:
 def absolute_model_id(model_id: str) -> str:
     """A local folder as an absolute path, so that it means the same from everywhere; else as is."""
     folder = Path(model_id).expanduser()
+    if model_id == DEMO:
+        return model_id
     if model_id.startswith(("/", ".", "~")) or folder.is_dir():
         return str(folder.absolute())
     return model_id

@@ -7,10 +7,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.config import ModelConfig
+from pipeline.config import DEMO, ModelConfig
 from pipeline.errors import ModelError
 
-DEMO = "demo"
 WHAT_A_MODEL_IS = "Give a folder with config.json, tokenizer and safetensors, a hub id, or `demo`."
 
 
