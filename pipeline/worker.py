@@ -89,7 +89,8 @@ class Worker:
         return Receipt(unit, counts, self._name, time.monotonic() - started)
 
     async def _run_row(self, row: Row | RowError) -> Output:
-        """One row's output, whatever happens to it. Only EngineGone passes."""
+        """One row's output, whatever happens to it. What concerns all rows passes: EngineGone,
+        and every AxbatchError that is no RowError."""
         usage = Usage()
 
         async def generate(messages: list[Message], **body: Any) -> Completion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -39,11 +40,7 @@ def check_engine(model: ModelConfig) -> None:
     """
     match model.backend:
         case "vllm":
-            # Its options are checked by itself: importing it takes ten seconds.
-            if find_spec("vllm") is None:
-                raise EngineError(
-                    "vllm is not installed", "Install axbatch[gpu], or `make setup` without a GPU."
-                )
+            return  # it may be on the cluster's machines alone, and takes ten seconds to import
         case "http":
             from pipeline.engine.http import check_server
 
@@ -61,6 +58,11 @@ def start_engine(model: ModelConfig, cpus: int) -> Engine:
     """
     match model.backend:
         case "vllm":
+            if find_spec("vllm") is None:
+                raise EngineError(
+                    f"vllm is not installed on {socket.gethostname()}",
+                    "Install axbatch[gpu] there; without a GPU, `make setup` installs all.",
+                )
             from pipeline.engine.vllm import VllmEngine
 
             return VllmEngine(model, cpus)
