@@ -54,9 +54,10 @@ def submit_job(job: JobConfig, address: str | None) -> Submitted:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it announces every upload
     try:
         client = JobSubmissionClient(address)
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.WARNING)  # it announces every upload
         where = client.get_address()
     except AuthenticationError as error:
         raise ClusterError(
@@ -86,7 +87,10 @@ def submit_job(job: JobConfig, address: str | None) -> Submitted:
         except RuntimeError as error:
             # Ray decides between two who submit at the same moment.
             if "already exists" not in str(error):
-                raise ClusterError(f"Ray at {where}: {error}") from error
+                raise ClusterError(
+                    f"Ray at {where}: {' '.join(str(error).split())[:200]}",
+                    "A cluster that has just started needs some seconds; then submit again.",
+                ) from error
             raise _active(identifier, where) from error
     return Submitted(identifier, where)
 
