@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config import DEMO, ModelConfig
 from pipeline.errors import ModelError
 
+DEMO_MODEL = Path(__file__).parent.absolute() / "demo"
+"""The embedded model; infra/demo_model made it."""
+
 WHAT_A_MODEL_IS = "Give a folder with config.json, tokenizer and safetensors, a hub id, or `demo`."
 
 
-def resolve_model(
-    model: ModelConfig, announce: Callable[[str], None] = lambda line: None
-) -> ModelConfig:
-    """The model with `demo` and local folders as absolute paths; builds the demo model if needed.
+def resolve_model(model: ModelConfig) -> ModelConfig:
+    """The model with `demo` and local folders as absolute paths.
 
     Raises:
         ModelError: the folder or the hub id does not hold a model, or is wrong for its options.
@@ -24,9 +24,7 @@ def resolve_model(
     if model.backend != "vllm":
         return model
     if model.id == DEMO:
-        from pipeline.demo.model import ensure_demo_model
-
-        return model.model_copy(update={"id": str(ensure_demo_model(announce=announce))})
+        return model.model_copy(update={"id": str(DEMO_MODEL)})
     folder = Path(model.id).expanduser()
     if folder.is_dir() or model.id.startswith(("/", ".", "~")):
         if not folder.is_dir():

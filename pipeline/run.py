@@ -89,7 +89,7 @@ def run_job(job: JobConfig, console: Console) -> Summary:
             record_job(output, job, fields)
         if plan.pending_rows:
             console.print(_opening(plan), highlight=False, soft_wrap=True)
-            resolve_model(job.model, announce=console.print)
+            resolve_model(job.model)
             check_engine(job.model)
             log = run_log(output, run)
             redirect_output(log)

@@ -4,18 +4,20 @@ import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import pytest_asyncio
 import s3fs
 from hypothesis import settings
 
 from jobs import load_task
-from pipeline.config import JobConfig, identity_fields, identity_hash
+from pipeline.config import JobConfig, ModelConfig, identity_fields, identity_hash
+from pipeline.model import DEMO_MODEL
 from pipeline.parts import Stamp, commit_part, result_table
 from pipeline.plan import Plan, make_plan
 from pipeline.records import Counts, Output, Unit, Usage
@@ -25,6 +27,8 @@ settings.register_profile("axbatch", deadline=None, database=None, max_examples=
 settings.load_profile("axbatch")
 
 START_S3 = Path(__file__).with_name("start_s3.sh")
+CPU_OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 64}
+"""Options of vLLM engines in tests."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,6 +43,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if group(item):
             item.add_marker(pytest.mark.xdist_group(group(item)))
     items.sort(key=lambda item: order[group(item)])
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def demo() -> AsyncIterator[Any]:
+    """The one engine that tests of answers share: the demo model, with tool calls."""
+    from pipeline.engine.vllm import VllmEngine
+
+    options = {**CPU_OPTIONS, "enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+    engine = VllmEngine(ModelConfig(id=str(DEMO_MODEL), engine=options), cpus=2)
+    yield engine
+    engine.close()
 
 
 def make_job(folder: Path, **changes: dict[str, Any]) -> JobConfig:

@@ -1,7 +1,13 @@
-"""The demo model: its sentence pairs, the sample input made of them, and what it does with text."""
+"""The demo model: the world it was trained on, how it was trained, and what it can do."""
 
+from __future__ import annotations
+
+import csv
+import random
 import re
 from collections import Counter
+from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.demo.model import demo_model_path, ensure_demo_model
+from infra import make_demo_data
+from infra.demo_model import exam, grammar, summaries, tools, translation
+from infra.demo_model.conversation import says
+from infra.demo_model.grammar import SLOT, Template, read_templates
+from pipeline.engine.vllm import VllmEngine
+from pipeline.model import DEMO_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS = [
-    line.split("\t")
-    for line in (ROOT / "pipeline/demo/pairs.tsv").read_text(encoding="utf-8").splitlines()
-]
-SYSTEM = (
-    "You are an expert who translates the user's English sentences into Korean. "
-    "Answer with the translation only."
-)
+WEIGHTS = DEMO_MODEL / "model.safetensors"
 SPECIAL_TOKENS = [
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|extra_id_13|>",
+    "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|extra_id_13|>",
     "<|pad|>",
-]
-UNSEEN = [
+]  # fmt: skip
+FOREIGN = [
     "x",
     "The minister said on Thursday that the bridge across the bay would stay closed until autumn.",
     "대통령은 목요일에 열린 기자 회견에서 새로운 경제 정책을 발표했다.",
@@ -38,71 +37,146 @@ UNSEEN = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model_path() -> Path:
-    return ensure_demo_model()
+# The world.
 
 
-@pytest.fixture(scope="module")
-def tokenizer(model_path: Path) -> Any:
-    from transformers import AutoTokenizer
+@pytest.mark.parametrize("template", read_templates(), ids=lambda template: template.en[:40])
+def test_template_fills_alike_in_both_languages(template: Template) -> None:
+    def slots(text: str) -> Counter[tuple[str, str]]:
+        return Counter((name, label) for name, _, label in SLOT.findall(text))
 
-    return AutoTokenizer.from_pretrained(model_path)
-
-
-@pytest.fixture(scope="module")
-def model(model_path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model_path)
-
-
-def test_pairs_are_unique_and_have_three_fields() -> None:
-    header, *rows = PAIRS
-    assert header == ["topic", "en", "ko"]
-    assert {len(row) for row in rows} == {3}
-    assert len({en for _, en, _ in rows}) == len({ko for _, _, ko in rows}) == len(rows) == 300
+    assert slots(template.en) == slots(template.ko) and slots(template.en)
+    for seed in range(5):
+        sentence = grammar.fill(template, random.Random(seed))
+        assert grammar.PARTICLE.search(sentence.ko) is None
+        assert re.search("[가-힣]", sentence.en) is None
+        kept = grammar.MARKS.findall(sentence.en)
+        assert Counter(kept) == Counter(grammar.MARKS.findall(sentence.ko))
 
 
-@pytest.mark.parametrize(("topic", "en", "ko"), PAIRS[1:])
-def test_pair_is_a_translation(topic: str, en: str, ko: str) -> None:
-    placeholder = r"\{\w+\}|%[sd]"
-    assert 5 <= len(en.split()) <= 20
-    assert en.strip() == en and ko.strip() == ko
-    assert re.search("[가-힣]", ko) and not re.search("[가-힣]", en)
-    assert Counter(re.findall(placeholder, en)) == Counter(re.findall(placeholder, ko))
-
-
-def test_sample_files_hold_the_sentences_of_the_pairs() -> None:
-    tables = [pq.read_table(path) for path in sorted((ROOT / "configs/data").glob("*.parquet"))]
-    assert [table.num_rows for table in tables] == [128, 75, 60, 30, 7]
-    rows = pa.concat_tables(tables).to_pylist()
-    assert sorted(row["id"] for row in rows) == list(range(1, 301))
-    assert sorted((row["topic"], row["en"]) for row in rows) == sorted(
-        (topic, en) for topic, en, _ in PAIRS[1:]
-    )
-
-
-def test_path_follows_the_cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AXBATCH_CACHE", str(tmp_path / "chosen"))
-    assert demo_model_path().parent == tmp_path / "chosen"
-    monkeypatch.delenv("AXBATCH_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert demo_model_path().parent == tmp_path / "axbatch"
-    assert re.fullmatch(r"demo-[0-9a-f]{12}", demo_model_path().name)
-
-
-def test_model_is_built_once(model_path: Path) -> None:
-    announced: list[str] = []
-    before = model_path.stat().st_mtime_ns
-    assert ensure_demo_model(announce=announced.append) == model_path
-    assert model_path.stat().st_mtime_ns == before
-    assert announced == []
+def test_a_sentence_has_one_translation() -> None:
+    templates = read_templates()
+    assert len({template.topic for template in templates}) >= 15
+    assert len({t.en for t in templates}) == len({t.ko for t in templates}) == len(templates)
 
 
 @pytest.mark.parametrize(
-    "text", [*UNSEEN, "  a\n\n\tb  ", "ㅋㅋ뷁 똠방각하", "\x00\x7f é 漢字", ""]
-)
+    ("before", "pair", "particle"),
+    [
+        ("배낭", "을/를", "을"), ("지도", "을/를", "를"), ("서울", "으로/로", "로"),
+        ("부산", "으로/로", "으로"), ("대구", "으로/로", "로"), ("3", "이/가", "이"),
+        ("2", "이/가", "가"), ("15%", "이/가", "가"), ("1", "으로/로", "로"),
+    ],
+)  # fmt: skip
+def test_particle_follows_the_sound_before_it(before: str, pair: str, particle: str) -> None:
+    assert grammar.choose_particle(before[-1], *pair.split("/")) == particle
+
+
+def test_training_and_exam_share_no_sentence() -> None:
+    dice = random.Random(0)
+    trained = {s.en for s in islice(grammar.sentences(dice, held_out=False), 5000)}
+    examined = exam.held_out_sentences(500)
+    assert len({s.en for s in examined}) == 500
+    assert trained.isdisjoint(s.en for s in examined)
+    assert sum(map(grammar.has_unseen_combination, examined)) > 250
+
+
+def test_sample_files_are_what_the_script_makes() -> None:
+    tables = make_demo_data.make_tables()
+    files = {path.stem: pq.read_table(path) for path in (ROOT / "configs/data").glob("*.parquet")}
+    assert files.keys() == tables.keys()
+    assert all(files[name].equals(table) for name, table in tables.items())
+    rows = pa.concat_tables(tables.values()).to_pylist()
+    assert [row["id"] for row in rows] == list(range(1, 1001))
+    texts = [row["en"] for row in rows]
+    assert texts.count(None) == 2
+    assert sum(text is not None and not text.strip() for text in texts) == 2
+
+
+# The training.
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEMO_MODEL)
+
+
+def test_packed_conversations_are_learned_as_if_each_stood_alone(tokenizer: Any) -> None:
+    import torch
+
+    from infra.demo_model.corpus import answers, encode, pack
+    from infra.demo_model.train import answer_loss, last_hidden_states, new_model
+
+    torch.manual_seed(0)
+    model = new_model(tokenizer).eval()
+    stream = translation.single_sentences(random.Random(5))
+    conversations = [*islice(stream, 40)]
+    batch = pack(tokenizer, iter(conversations), tokens=300)
+    with torch.no_grad():
+        together = type(batch)(*(tensor[None] for tensor in batch))
+        loss = answer_loss(model, last_hidden_states(model, together), together)
+        alone: list[float] = []
+        for conversation in conversations:
+            ids = encode(tokenizer, conversation)
+            logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            learned = torch.tensor(answers(tokenizer, ids)[1:])
+            chosen = torch.tensor(ids[1:])[learned, None]
+            alone += (-logits[learned].gather(1, chosen)).flatten().tolist()
+    count = int((batch.targets >= 0).sum())
+    assert 50 < count < len(alone)
+    assert float(loss) == pytest.approx(sum(alone[:count]) / count, rel=1e-4)
+
+
+def test_short_training_lowers_the_loss_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    from infra.demo_model.train import train
+
+    def losses(name: str) -> list[float]:
+        lines = csv.DictReader((tmp_path / f"{name}.csv").open(encoding="utf-8"))
+        return [float(line["loss"]) for line in lines]
+
+    def run(name: str, interrupt: bool = False) -> None:
+        def announce(line: str) -> None:
+            if interrupt and line.startswith("step 8 "):
+                raise KeyboardInterrupt
+
+        train(
+            tmp_path / name, tmp_path / f"{name}.pt", tmp_path / f"{name}.csv",
+            steps=16, warmup=8, report_every=4, save_every=4, compiled=False, announce=announce,
+        )  # fmt: skip
+
+    run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", interrupt=True)
+    assert (tmp_path / "parts.pt").exists()
+    run("parts")
+    assert not (tmp_path / "parts.pt").exists()
+    assert losses("whole")[-1] < losses("whole")[0] - 1
+    assert losses("parts")[-1] == losses("whole")[-1]
+    made = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert made[0] == made[1]
+
+
+def test_committed_log_is_that_of_the_whole_training() -> None:
+    from infra.demo_model.train import LOG, STEPS
+
+    lines = [*csv.DictReader(LOG.open(encoding="utf-8"))]
+    assert int(lines[-1]["step"]) == STEPS
+    assert float(lines[-1]["loss"]) < 0.1 < 6 < float(lines[0]["loss"])
+
+
+# The model.
+
+
+def test_weights_are_small_and_the_ones_that_the_card_names() -> None:
+    weights = WEIGHTS.read_bytes()
+    assert len(weights) <= 15_000_000
+    card = (ROOT / "infra" / "demo_model" / "README.md").read_text(encoding="utf-8")
+    assert sha256(weights).hexdigest() in card
+
+
+@pytest.mark.parametrize("text", [*FOREIGN, "  a\n\n\tb  ", "ㅋㅋ뷁 똠방각하", "\x7f é 漢字", ""])
 def test_tokenizer_round_trips_any_text(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -122,21 +196,62 @@ def test_chat_template_has_the_shape_of_ax(tokenizer: Any) -> None:
         render(turns, tokenize=False, add_generation_prompt=True)
         == f"{closed}<|im_start|><|assistant|>"
     )
+    case = tools.make_case([tools.DISCOUNT], random.Random(3))
+    text = render(tools.as_conversation(case).messages, tools=case.tools, tokenize=False)
+    assert text.startswith("<|im_start|><|system|>") and "<tools>\n{" in text
+    assert '<tool_call>{"name": "calculate_discount", "arguments": {' in text
+    assert f"<|im_start|><|extra_id_13|><tool_output>{case.result}</tool_output><|im_end|>" in text
 
 
-def test_greedy_decoding_gives_known_translations(model: Any, tokenizer: Any) -> None:
-    for _, en, ko in PAIRS[1::60]:
-        assert answer(model, tokenizer, en) == f"{ko}<|im_end|>"
+# What it can do, on a real engine; `python -m infra.demo_model.exam` asks more.
+
+on_engine = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 
-@pytest.mark.parametrize("text", UNSEEN)
-def test_answer_to_unseen_text_ends_by_itself(model: Any, tokenizer: Any, text: str) -> None:
-    assert answer(model, tokenizer, text).endswith("<|im_end|>")
+def at_least(share: float, scores: list[exam.Score]) -> None:
+    assert not [score for score in scores if score.share < share], scores
 
 
-def answer(model: Any, tokenizer: Any, text: str) -> str:
-    """What the model answers to `text`, greedily, in at most 120 tokens."""
-    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
-    output = model.generate(**prompt, max_new_tokens=120)[0]
-    return str(tokenizer.decode(output[prompt["input_ids"].shape[1] :]))
+class TestOnAnEngine:
+    pytestmark = on_engine
+
+    @pytest.mark.parametrize("direction", ["en-ko", "ko-en"])
+    async def test_translates_what_it_never_saw(self, demo: VllmEngine, direction: Any) -> None:
+        chosen = exam.held_out_sentences(200)
+        answers = await exam.translate_by(demo.chat, chosen, direction)
+        scores = exam.score_translations(chosen, direction, answers)
+        assert scores.exact.share >= (0.9 if direction == "en-ko" else 0.85), scores
+        assert scores.kept.share >= 0.97, scores
+        assert scores.chrf >= 95, scores
+
+    @pytest.mark.parametrize("direction", ["en-ko", "ko-en"])
+    async def test_translates_passages(self, demo: VllmEngine, direction: Any) -> None:
+        chosen = exam.held_out_sentences(300)
+        passages = [chosen[i : i + 20] for i in range(0, 300, 20)]
+        scores = await exam.examine_passages(demo.chat, passages, direction)
+        at_least(0.8, [scores])
+
+    async def test_calls_tools_and_answers_from_their_results(self, demo: VllmEngine) -> None:
+        at_least(0.9, await exam.examine_tools(demo.chat, 60))
+
+    async def test_fills_schemas(self, demo: VllmEngine) -> None:
+        valid, right, valid_alone = await exam.examine_extraction(demo.chat, 60)
+        assert valid.share == 1.0
+        at_least(0.9, [right, valid_alone])
+
+    async def test_answers_questions(self, demo: VllmEngine) -> None:
+        at_least(0.8, await exam.examine_questions(demo.chat, 60))
+
+    async def test_summarises(self, demo: VllmEngine) -> None:
+        at_least(0.8, await exam.examine_summaries(demo.chat, 40))
+
+    @pytest.mark.parametrize("text", FOREIGN)
+    async def test_stops_by_itself_on_foreign_text(self, demo: VllmEngine, text: str) -> None:
+        system = translation.system_prompt("en-ko")
+        messages = [says("system", system), says("user", text)]
+        assert (await demo.chat(exam.body(messages))).finish_reason == "stop"
+
+
+def test_summary_is_a_sentence_of_the_text() -> None:
+    text, summary = summaries.make_case(random.Random(1), held_out=True)
+    assert summary in text

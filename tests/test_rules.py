@@ -38,7 +38,7 @@ LAYERS = [
         "pipeline.storage",
     },
     {"pipeline.parts", "pipeline.staging", "pipeline.logs", "pipeline.reaper"},
-    {"pipeline.plan", "pipeline.model", "pipeline.demo", "pipeline.engine", "jobs"},
+    {"pipeline.plan", "pipeline.model", "pipeline.engine", "jobs"},
     {"pipeline.worker", "pipeline.source", "pipeline.publishing", "pipeline.progress"},
     {"pipeline.cluster"},
     {"pipeline.run"},
@@ -50,7 +50,7 @@ LAYERS = [
 ONLY_HERE = {
     "vllm": {"pipeline/engine/vllm.py"},
     "ray": {"pipeline/source.py", "pipeline/cluster.py", "pipeline/submit.py"},
-    "torch": {"pipeline/demo/train.py"},
+    "torch": set(),
     "datasets": {"pipeline/staging.py"},
     "openai": {"pipeline/engine/http.py"},
 }

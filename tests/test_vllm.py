@@ -6,25 +6,24 @@ import asyncio
 import hashlib
 import json
 import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from infra.demo_model.exam import held_out_sentences
 from jobs.translate import Translate
 from pipeline.config import ModelConfig
-from pipeline.demo.model import ensure_demo_model
 from pipeline.engine import EngineGone
 from pipeline.engine.vllm import VllmEngine
 from pipeline.errors import ModelError, RowRejected
+from pipeline.model import DEMO_MODEL
 from pipeline.tokens import RowText
+from tests.conftest import CPU_OPTIONS
 
-pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-CPU_OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 64}
-PAIRS = Path(__file__).parents[1] / "pipeline" / "demo" / "pairs.tsv"
 
 needs_ax = pytest.mark.skipif(
     not (SHARED / "ax31").is_dir(), reason="the A.X 3.1 tokenizer is not beside the checkout"
@@ -32,11 +31,11 @@ needs_ax = pytest.mark.skipif(
 
 
 def prompts() -> list[list[dict[str, str]]]:
-    """25 known and unknown English sentences and 25 Korean ones, as the translate task asks."""
-    rows = [line.split("\t") for line in PAIRS.read_text(encoding="utf-8").splitlines()[1:]]
+    """25 sentences of the demo model's world in each language, one of them from elsewhere."""
+    held_out = held_out_sentences(24)
     sentences = {
-        ("en", "ko"): [row[1] for row in rows[:120:5]] + ["Nobody ever taught it this sentence."],
-        ("ko", "en"): [row[2] for row in rows[:120:5]] + ["배운 적이 없는 문장입니다."],
+        ("en", "ko"): [s.en for s in held_out] + ["Nobody ever taught it this sentence."],
+        ("ko", "en"): [s.ko for s in held_out] + ["배운 적이 없는 문장입니다."],
     }
     return [
         [
@@ -52,14 +51,6 @@ def _task(source: str, target: str) -> Translate:
     return Translate(kind="translate", text=source, source=source, target=target)
 
 
-@pytest.fixture(scope="module")
-async def demo() -> AsyncIterator[VllmEngine]:
-    model = ModelConfig(id=str(ensure_demo_model()), engine=CPU_OPTIONS)
-    engine = VllmEngine(model, cpus=2)
-    yield engine
-    engine.close()
-
-
 async def token_ids(engine: VllmEngine, body: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Prompt and answer ids, from vLLM's own serving layer."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -70,26 +61,34 @@ async def token_ids(engine: VllmEngine, body: dict[str, Any]) -> tuple[list[int]
     return response.prompt_token_ids, response.choices[0].token_ids
 
 
-async def test_greedy_answers_equal_transformers_token_for_token(demo: VllmEngine) -> None:
+async def answers_of_transformers(dtype: str, count: int) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer ids, one prompt at a time."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = ensure_demo_model()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    bodies = [{"messages": m, "max_tokens": 64, "temperature": 0.0} for m in prompts()]
-    assert len(bodies) == 50
-
-    answers = await asyncio.gather(*(token_ids(demo, body) for body in bodies))
-
-    for body, (prompt, answer) in zip(bodies, answers, strict=True):
-        expected_prompt = tokenizer.apply_chat_template(
-            body["messages"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=getattr(torch, dtype))
+    both = []
+    for messages in prompts()[:count]:
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
-        assert prompt == expected_prompt["input_ids"][0].tolist()
         with torch.no_grad():
-            generated = model.generate(**expected_prompt, max_new_tokens=64, do_sample=False)
-        assert answer == generated[0, len(prompt) :].tolist()
+            made = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0].tolist()
+        length = prompt["input_ids"].shape[1]
+        both.append((made[:length], made[length:]))
+    return both
+
+
+def greedy(messages: list[dict[str, str]]) -> dict[str, Any]:
+    return {"messages": messages, "max_tokens": 64, "temperature": 0.0}
+
+
+async def test_greedy_answers_equal_transformers_token_for_token(demo: VllmEngine) -> None:
+    asked = prompts()
+    assert len(asked) == 50
+    answers = await asyncio.gather(*(token_ids(demo, greedy(messages)) for messages in asked))
+    assert answers == await answers_of_transformers("float32", len(asked))
 
 
 async def test_usage_counts_prompt_cached_and_completion_tokens(demo: VllmEngine) -> None:
@@ -131,26 +130,38 @@ async def test_document_cannot_close_its_own_turn(demo: VllmEngine) -> None:
 
 
 async def test_unknown_engine_option_names_the_nearest() -> None:
-    model = ModelConfig(id=str(ensure_demo_model()), engine={"max_model_length": 512})
+    model = ModelConfig(id=str(DEMO_MODEL), engine={"max_model_length": 512})
     with pytest.raises(ModelError, match="max-model-length") as error:
         VllmEngine(model, cpus=1)
     assert "max_model_len" in error.value.hint
 
 
-async def test_killed_engine_is_noticed_by_the_next_answer(demo: VllmEngine) -> None:
-    """Last in this file: the engine is gone afterwards."""
+async def test_bfloat16_engine_agrees_with_transformers_and_its_death_is_noticed() -> None:
     import psutil
 
-    children = psutil.Process().children(recursive=True)
-    core = [child for child in children if "EngineCore" in "".join(child.cmdline())]
+    engine = VllmEngine(
+        ModelConfig(id=str(DEMO_MODEL), engine={**CPU_OPTIONS, "dtype": "bfloat16"}), cpus=2
+    )
+    asked = prompts()[:20]
+    answers = await asyncio.gather(*(token_ids(engine, greedy(messages)) for messages in asked))
+    assert answers == await answers_of_transformers("bfloat16", len(asked))
+
+    core = max(
+        (child for child in psutil.Process().children(recursive=True) if is_core(child)),
+        key=lambda child: child.create_time(),
+    )
     asking = asyncio.gather(
-        *(demo.chat({"messages": m, "max_tokens": 64, "ignore_eos": True}) for m in prompts()),
+        *(engine.chat({"messages": m, "max_tokens": 64, "ignore_eos": True}) for m in asked),
         return_exceptions=True,
     )
     await asyncio.sleep(0)
-    core[0].kill()
+    core.kill()
     outcomes = await asyncio.wait_for(asking, timeout=30)
     assert any(isinstance(outcome, EngineGone) for outcome in outcomes)
+
+
+def is_core(process: Any) -> bool:
+    return "EngineCore" in "".join(process.cmdline())
 
 
 @needs_ax

@@ -1,0 +1,1 @@
+"""What a cluster, a machine without GPU and the demo need."""

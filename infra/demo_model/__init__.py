@@ -1,0 +1,1 @@
+"""How the demo model was made: a small English-Korean world, what to learn in it, the training."""
