@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from infra.demo_model.conversation import Conversation, Skill
+from infra.demo_model.copying import copies
 from infra.demo_model.extraction import extractions
 from infra.demo_model.questions import questions
 from infra.demo_model.summaries import summaries
@@ -20,16 +21,19 @@ from infra.demo_model.translation import passages, single_sentences
 SEED = 31
 
 SKILLS: dict[Skill, float] = {
-    single_sentences: 0.56,
-    passages: 0.12,
-    conversations: 0.10,
-    extractions: 0.08,
-    questions: 0.07,
-    summaries: 0.07,
+    single_sentences: 0.34,
+    passages: 0.22,
+    copies: 0.06,
+    conversations: 0.12,
+    extractions: 0.10,
+    questions: 0.08,
+    summaries: 0.08,
 }
 """Share of the rows of training that each skill gets."""
 LONG = frozenset({passages, conversations, summaries})
 """Skills whose conversations need the longer rows."""
+COPYING_FIRST = 300
+"""The first batches teach nothing but to copy: on that, the other skills build."""
 
 
 class Shape(NamedTuple):
@@ -54,8 +58,10 @@ class Batch(NamedTuple):
 def make_batch(tokenizer: PreTrainedTokenizerFast, number: int) -> Batch:
     """Batch `number` of the corpus, on any machine the same."""
     dice = random.Random(f"{SEED} {number}")
-    long = dice.random() < sum(SKILLS[skill] for skill in LONG)
+    long = number >= COPYING_FIRST and dice.random() < sum(SKILLS[skill] for skill in LONG)
     skills = [skill for skill in SKILLS if (skill in LONG) == long]
+    if number < COPYING_FIRST:
+        skills = [copies]
     shape = LONG_ROWS if long else SHORT_ROWS
     chosen = dice.choices(skills, [SKILLS[skill] for skill in skills], k=shape.rows)
     rows = [pack(tokenizer, skill(dice), shape.tokens) for skill in chosen]

@@ -62,11 +62,12 @@ class Question(NamedTuple):
 
 
 def questions(dice: random.Random) -> Iterator[Conversation]:
-    """Multiple choice in both languages, and facts asked for plainly."""
+    """Multiple choice in both languages, and facts and categories asked for plainly."""
     while True:
         korean = dice.random() < 0.5
-        if dice.random() < 0.15:
-            yield asked(None, *plain_fact(korean, dice))
+        if dice.random() < 0.3:
+            plain = dice.choice([plain_fact, plain_category])
+            yield asked(None, *plain(korean, dice))
         else:
             yield asked(None, *multiple_choice(make_question(dice), korean, dice))
 
@@ -178,3 +179,13 @@ def plain_fact(korean: bool, dice: random.Random) -> tuple[str, str]:
         f"{fact.country.ko}의 {topic} {where}인가요?",
         f"{fact.country.ko}의 {topic} {answer.ko}입니다.",
     )
+
+
+def plain_category(korean: bool, dice: random.Random) -> tuple[str, str]:
+    """What a word is."""
+    kind, category = dice.choice([*CATEGORIES.items()])
+    value = dice.choice(read_lexicon()[kind])
+    if not korean:
+        return f"What is {value.en}?", f"It is {category.en}."
+    topic = choose_particle(value.ko[-1], "은", "는")
+    return f"{value.ko}{topic} 무엇인가요?", f"{category.ko}입니다."
