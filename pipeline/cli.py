@@ -60,15 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _validate(options: argparse.Namespace, console: Console) -> int:
-    from pipeline.config import DEMO
     from pipeline.engine import check_engine
     from pipeline.model import resolve_model
 
     job, task = _load(options)
     plan = _plan(job, task)
     check_engine(job.model)
-    if job.model.id != DEMO:  # which would be trained now
-        resolve_model(job.model)
+    resolve_model(job.model)
     valid = f"{options.job}: valid; {plan.rows:,} rows in {len(plan.shards):,} file(s)"
     console.print(valid, markup=False, highlight=False, soft_wrap=True)
     return 0
