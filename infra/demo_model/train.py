@@ -45,8 +45,8 @@ WORDS = r"\d{1,3}(?=(?:\d{3})*(?!\d))| ?\p{Latin}+| ?\p{Hangul}+|\s|."
 
 STEPS = 6000
 WARMUP = 100
-PEAK_LEARNING_RATE = 4e-3  # AdamW's, for the embedding and the norms
-PEAK_MUON_LEARNING_RATE = 1e-2  # for the layers' matrices
+PEAK_LEARNING_RATE = 2e-3  # AdamW's, for the embedding and the norms
+PEAK_MUON_LEARNING_RATE = 5e-3  # for the layers' matrices
 THREADS = 2
 
 
@@ -138,8 +138,8 @@ def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def pace(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: up in `warmup` steps, level, down in the last 40%."""
-    return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / (0.4 * steps)))
+    """Share of the peak learning rate: up in `warmup` steps, then down to nothing at the end."""
+    return min((step + 1) / warmup, (steps - step) / (steps - warmup))
 
 
 def last_hidden_states(model: LlamaForCausalLM, batch: Batch) -> Tensor:
