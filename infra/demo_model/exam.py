@@ -89,6 +89,7 @@ def translate(chosen: Sequence[Sentence], direction: Direction) -> list[str]:
             "output": {"path": f"{folder}/out", "column": "answer"},
             "model": {"id": "demo", "engine": ENGINE},
             "sampling": {"temperature": 0.0, "max_tokens": 256},
+            "limits": {"max_failed_fraction": 1.0},  # they are counted here
         }
         file = Path(folder, "exam.yaml")
         file.write_text(yaml.safe_dump(job), encoding="utf-8")
