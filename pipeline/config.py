@@ -248,10 +248,13 @@ class ClusterConfig(Section):
 
 
 class LimitsConfig(Section):
-    """When the outcome counts as bad."""
+    """When the outcome counts as bad, and when an engine does."""
 
     max_failed_fraction: float = Field(0.01, ge=0, le=1)
     """Most rows that may end not ok, as a share of all; above it the exit code is 3."""
+
+    max_engine_silence_s: float = Field(600.0, gt=0)
+    """vllm: an engine that has work and makes no token for so long hangs, and is replaced."""
 
 
 class JobConfig(Section):

@@ -21,15 +21,16 @@ def run_log(output: Folder, run: str) -> Path:
     machine where the output is an object store."""
     if output.is_local:
         return Path(output.full(f"_axbatch/logs/{run}.log"))
-    return _machine_folder() / f"{run}.log"
+    return machine_folder() / f"{run}.log"
 
 
 def engines_lock(run: str) -> Path:
     """Held, on each machine, while a process of one of the run's engines lives there."""
-    return _machine_folder() / f"{run}.engines"
+    return machine_folder() / f"{run}.engines"
 
 
-def _machine_folder() -> Path:
+def machine_folder() -> Path:
+    """What processes of one user on one machine share."""
     return Path(tempfile.gettempdir()) / f"axbatch-{os.getuid()}"
 
 

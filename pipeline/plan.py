@@ -141,7 +141,11 @@ def make_plan(job: JobConfig, task: Task, identity: str) -> Plan:
         RefusedError: output made by another identity or from an input that has changed since.
     """
     output = Folder(job.output.path)
-    shards = find_shards(job, task, output)
+    return plan_shards(find_shards(job, task, output), output, identity)
+
+
+def plan_shards(shards: Sequence[Shard], output: Folder, identity: str) -> Plan:
+    """Compare the shards with what the output holds. Raises RefusedError, see `make_plan`."""
     entries = output.list()
     parts = parts_among(entries)
     existing = {entry.path for entry in entries}

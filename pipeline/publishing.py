@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
+from pipeline.attempts import ATTEMPTS
 from pipeline.parts import PARTS, Stamp, publish, result_fields
 from pipeline.plan import Plan, ShardPlan
 from pipeline.records import Counts, Receipt
@@ -84,4 +85,6 @@ class Publisher:
             counts=Counts(),
             run=self._run,
         )
-        return publish(shard.source, shard.path, self._output, stamp, self._fields)
+        counts = publish(shard.source, shard.path, self._output, stamp, self._fields)
+        self._output.delete_folder(f"{ATTEMPTS}/{shard.name}")
+        return counts

@@ -14,12 +14,14 @@ from rich.console import Console
 
 from jobs import load_task
 from pipeline import __version__
+from pipeline.attempts import forget_journals
 from pipeline.config import JobConfig, identity_fields, identity_hash
 from pipeline.engine import check_engine
 from pipeline.errors import EXIT_TOO_MANY_NOT_OK, RefusedError
-from pipeline.logs import engines_lock, redirect_output, run_log
+from pipeline.lease import Lease
+from pipeline.logs import engines_lock, machine_folder, redirect_output, run_log
 from pipeline.model import resolve_model
-from pipeline.plan import Plan, make_plan
+from pipeline.plan import Plan, find_shards, plan_shards
 from pipeline.progress import Progress, shown
 from pipeline.publishing import Publisher
 from pipeline.ray_settings import apply_ray_settings, cluster_address
@@ -80,21 +82,27 @@ def run_job(job: JobConfig, console: Console) -> Summary:
     task, output = load_task(job), Folder(job.output.path)
     fields = identity_fields(job, task.identity())
     identity = identity_hash(fields)
-    check_identity(output, fields)
-    plan = make_plan(job, task, identity)
-    progress = Progress(plan, job.cluster.range.max)
+    shards = find_shards(job, task, output)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     log = None
-    with Publisher(plan, output, task, job.output.column, run) as publisher:
-        if plan.unpublished:
-            record_job(output, job, fields)
-        if plan.pending_rows:
-            console.print(_opening(plan), highlight=False, soft_wrap=True)
-            resolve_model(job.model)
-            check_engine(job.model)
-            log = run_log(output, run)
-            redirect_output(log)
-            with shown(progress, console):
-                _compute(job, plan, task, run, log, progress, publisher)
+    with Lease(output, run, say):
+        check_identity(output, fields)
+        plan = plan_shards(shards, output, identity)
+        progress = Progress(plan, job.cluster.range.max)
+        with Publisher(plan, output, task, job.output.column, run) as publisher:
+            if plan.unpublished:
+                record_job(output, job, fields)
+            if plan.pending_rows:
+                say(_opening(plan))
+                resolve_model(job.model)
+                check_engine(job.model)
+                log = run_log(output, run)
+                redirect_output(log)
+                with shown(progress, console):
+                    _compute(job, plan, task, run, log, progress, publisher)
     summary = Summary(
         run=run,
         output=output.url,
@@ -137,6 +145,7 @@ def _compute(
     finally:
         # Whoever comes next on this machine needs the memory that engines still hold.
         wait_for_guards(engines_lock(run))
+        forget_journals(machine_folder(), run)
 
 
 def check_identity(output: Folder, fields: dict[str, Any]) -> None:

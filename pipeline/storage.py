@@ -14,7 +14,7 @@ import posixpath
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -126,6 +126,11 @@ class Folder:
                 sink.discard()
                 sink.closed = True  # else its finaliser tries to flush the discarded upload
                 raise
+
+    def delete(self, path: str) -> None:
+        """Remove a file; fine if it is gone already."""
+        with storage_errors(f"{self.url}/{path}"), suppress(FileNotFoundError):
+            self.filesystem.rm_file(self.full(path))
 
     def delete_folder(self, path: str) -> None:
         """Remove a folder and all below it; fine if it is gone already."""

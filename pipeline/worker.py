@@ -8,7 +8,8 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ from typing import Any
 import pyarrow as pa
 
 from jobs import load_task
+from pipeline.attempts import (
+    Crash,
+    Journal,
+    bury,
+    bury_the_dead,
+    crashed_alone,
+    is_suspect,
+    pieces,
+    read_crashes,
+)
 from pipeline.config import JobConfig
 from pipeline.engine import Engine, EngineGone, start_engine
 from pipeline.errors import (
@@ -24,11 +35,12 @@ from pipeline.errors import (
     RowError,
     RowFailed,
     RowRejected,
+    StorageError,
     error_from_json,
 )
-from pipeline.logs import engines_lock, redirect_output, root_cause
+from pipeline.logs import engines_lock, machine_folder, redirect_output, root_cause
 from pipeline.model import resolve_model
-from pipeline.parts import Stamp, commit_part, result_table
+from pipeline.parts import Stamp, commit_part, read_part_counts, result_table
 from pipeline.reaper import guard_children
 from pipeline.records import Completion, Counts, Message, Output, Receipt, Row, Unit, Usage
 from pipeline.source import decode_unit
@@ -59,8 +71,11 @@ class Worker:
         self._task = load_task(spec.job)
         self._output = Folder(spec.job.output.path)
         self._sampling = spec.job.sampling.body()
+        self._turns = Turns()
         self._failure: AxbatchError | None = None
         try:
+            bury_the_dead(machine_folder(), spec.run, self._output)
+            self._journal = Journal(machine_folder(), spec.run)
             self._engine = _start_engine(spec)
         except AxbatchError as error:
             # Ray would make text of it; as the answer to the first unit it reaches the user whole.
@@ -77,16 +92,55 @@ class Worker:
         except AxbatchError as error:
             return {"receipt": [error.to_json()]}
         except EngineGone as gone:
-            # Ray retries the unit elsewhere and replaces this worker only if the process ends.
+            # Ray retries the units elsewhere and replaces this worker only if the process ends.
+            # Nothing else may run meanwhile, so this blocks the loop.
             print(f"axbatch: engine of {self._name} is gone: {gone}", flush=True)
+            with suppress(StorageError):  # the next worker on this machine tries again
+                bury(self._journal.path, self._output)
             os._exit(1)
 
     async def _do_unit(self, block: pa.Table) -> Receipt:
         started = time.monotonic()
-        unit, fingerprint, rows = decode_unit(block)
-        outputs = await asyncio.gather(*(self._run_row(row) for row in _rows_of(rows)))
-        counts = await asyncio.to_thread(self._commit, unit, fingerprint, outputs)
+        unit, fingerprint, table = decode_unit(block)
+        rows = _rows_of(table)
+        crashes = await asyncio.to_thread(read_crashes, self._output, unit)
+        if is_suspect(crashes):
+            counts = await self._do_suspect(unit, fingerprint, rows, crashes)
+        else:
+            async with self._turns.together():
+                outputs = await self._run_rows(unit, rows, alone=False)
+            counts = await asyncio.to_thread(self._commit, unit, fingerprint, outputs)
         return Receipt(unit, counts, self._name, time.monotonic() - started)
+
+    async def _do_suspect(
+        self,
+        unit: Unit,
+        fingerprint: str,
+        rows: Sequence[Row | RowError],
+        crashes: Sequence[Crash],
+    ) -> Counts:
+        """Piece by piece with nothing else in the engine, each committed at once: the pieces that
+        are done stay done when the next one kills the engine."""
+        counts = Counts()
+        async with self._turns.alone():
+            done = await asyncio.to_thread(read_part_counts, self._output, unit)
+            for piece in pieces(unit, crashes):
+                if piece in done:
+                    counts.add(done[piece])
+                    continue
+                if piece.rows == 1 and crashed_alone(piece, crashes):
+                    outputs = [Output(None, "failed", "engine_crash")]
+                else:
+                    piece_rows = rows[piece.start - unit.start : piece.stop - unit.start]
+                    outputs = await self._run_rows(piece, piece_rows, alone=True)
+                counts.add(await asyncio.to_thread(self._commit, piece, fingerprint, outputs))
+        return counts
+
+    async def _run_rows(
+        self, unit: Unit, rows: Sequence[Row | RowError], alone: bool
+    ) -> list[Output]:
+        with self._journal.holding(unit, alone):
+            return await asyncio.gather(*map(self._run_row, rows))
 
     async def _run_row(self, row: Row | RowError) -> Output:
         """One row's output, whatever happens to it. What concerns all rows passes: EngineGone,
@@ -135,10 +189,47 @@ class Worker:
         return counts
 
 
+class Turns:
+    """Who may use the engine: many units together, or one alone."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._alone = 0
+        """Units that wait to be alone, or are; none else may enter."""
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def together(self) -> AsyncIterator[None]:
+        async with self._entered(lambda: not self._alone):
+            yield
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        self._alone += 1
+        async with self._entered(lambda: not self._inside):
+            try:
+                yield
+            finally:
+                self._alone -= 1
+
+    @asynccontextmanager
+    async def _entered(self, may_enter: Callable[[], bool]) -> AsyncIterator[None]:
+        async with self._changed:
+            await self._changed.wait_for(may_enter)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+
 def _start_engine(spec: WorkerSpec) -> Engine:
     log_size = spec.log.stat().st_size
     try:
-        return start_engine(resolve_model(spec.job.model), spec.cpus)
+        silence = spec.job.limits.max_engine_silence_s
+        return start_engine(resolve_model(spec.job.model), spec.cpus, silence)
     except EngineError as error:
         # vLLM's own processes have logged the reason; what reaches us only says that there is one.
         cause = root_cause(spec.log, log_size) or str(error.args[0])

@@ -26,7 +26,9 @@ def ask(text: str, **body: Any) -> dict[str, Any]:
 
 
 def echo(**options: Any) -> Engine:
-    return start_engine(ModelConfig(id="echo", backend="echo", engine=options), cpus=1)
+    return start_engine(
+        ModelConfig(id="echo", backend="echo", engine=options), cpus=1, max_silence_s=60
+    )
 
 
 # --- echo ------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def engine(server: Server) -> Callable[..., Engine]:
             api_key_env="TEST_SERVER_KEY",
             engine=options,
         )
-        return start_engine(config, cpus=1)
+        return start_engine(config, cpus=1, max_silence_s=60)
 
     return start
 

@@ -51,8 +51,9 @@ def check_engine(model: ModelConfig) -> None:
             EchoEngine(model)
 
 
-def start_engine(model: ModelConfig, cpus: int) -> Engine:
-    """Start the engine of `model`; `cpus` is what it may use where it has no GPU.
+def start_engine(model: ModelConfig, cpus: int, max_silence_s: float) -> Engine:
+    """Start the engine of `model`; `cpus` is what it may use where it has no GPU. One in this
+    process is gone when it has been silent for `max_silence_s`; a server has its `timeout`.
 
     Raises EngineError or ModelError with the engine's own reason.
     """
@@ -65,7 +66,7 @@ def start_engine(model: ModelConfig, cpus: int) -> Engine:
                 )
             from pipeline.engine.vllm import VllmEngine
 
-            return VllmEngine(model, cpus)
+            return VllmEngine(model, cpus, max_silence_s)
         case "http":
             from pipeline.engine.http import HttpEngine
 

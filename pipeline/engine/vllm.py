@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
@@ -39,7 +41,7 @@ CPU_KV_CACHE_GIB = 1
 class VllmEngine:
     """One model on `tensor_parallel_size` x `pipeline_parallel_size` GPUs, or on CPU cores."""
 
-    def __init__(self, model: ModelConfig, cpus: int) -> None:
+    def __init__(self, model: ModelConfig, cpus: int, max_silence_s: float = math.inf) -> None:
         _prepare_environment(model, cpus)
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -62,6 +64,10 @@ class VllmEngine:
         ]
         self._serving: Any = None
         self._starting = asyncio.Lock()
+        self._max_silence_s = max_silence_s
+        self._in_flight = 0
+        self._heard = time.monotonic()
+        self._listen()
 
     async def chat(self, body: Mapping[str, Any]) -> Completion:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -70,7 +76,7 @@ class VllmEngine:
         serving = self._serving or await self._start_serving()
         try:
             request = ChatCompletionRequest(model=self._args.model, **body)
-            response = await serving.create_chat_completion(request)
+            response = await self._unless_silent(serving.create_chat_completion(request))
         except self._dead as error:
             raise EngineGone(_first_line(error)) from error
         except (ValidationError, VLLMClientError) as error:
@@ -90,6 +96,34 @@ class VllmEngine:
             choice.finish_reason,
             Usage(1, usage.prompt_tokens, cached or 0, usage.completion_tokens or 0),
         )
+
+    def _listen(self) -> None:
+        """Note when EngineCore sends something: each of its steps does."""
+        receive = self._llm.engine_core.get_output_async
+
+        async def heard() -> Any:
+            outputs = await receive()
+            self._heard = time.monotonic()
+            return outputs
+
+        self._llm.engine_core.get_output_async = heard
+
+    async def _unless_silent(self, request: Coroutine[Any, Any, Any]) -> Any:
+        """The answer. Raises EngineGone once EngineCore has sent nothing for so long, though it
+        had requests: it hangs, and would for ever."""
+        if not self._in_flight:
+            self._heard = time.monotonic()
+        self._in_flight += 1
+        answer = asyncio.ensure_future(request)
+        try:
+            while (left := self._heard + self._max_silence_s - time.monotonic()) > 0:
+                await asyncio.wait([answer], timeout=left)
+                if answer.done():
+                    return answer.result()
+            raise EngineGone(f"it sent nothing for {self._max_silence_s:g} s")
+        finally:
+            answer.cancel()
+            self._in_flight -= 1
 
     def close(self) -> None:
         """End the engine's processes. A worker needn't: they end with it."""

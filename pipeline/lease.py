@@ -1,0 +1,156 @@
+"""One run at a time: who holds an output, and when another may take it.
+
+    <output>/_axbatch/lease.json    the holder: its run, its process, and a beat that counts up
+
+A holder rewrites the file every BEAT_S. Whoever comes later is refused if the holder's process
+lives on this machine, and takes over at once if it has died there. The life of a process on another
+machine shows in its beats alone: if they move, the later one is refused; if they stand still for
+SILENCE_S, by the later one's own clock, it takes over. A holder that finds itself replaced stops.
+
+Two may hold it for the moment between a take-over and the next beat. That costs work, never rows:
+the output is exact because parts and published files are (parts.py), whoever writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from pipeline.errors import Interrupted, RefusedError, StorageError
+from pipeline.storage import Folder
+
+LEASE = "_axbatch/lease.json"
+BEAT_S = 5.0
+SILENCE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A run's driver. Two on one machine have the same `machine`; `started` tells a process from
+    a later one of the same pid."""
+
+    run: str
+    host: str
+    machine: str
+    """Boot id and pid namespace: a pid means nothing in another container or after a restart."""
+    pid: int
+    started: str
+    """In clock ticks since the boot."""
+    beat: int = 0
+
+    @classmethod
+    def here(cls, run: str) -> Holder:
+        """This process."""
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        machine = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        pid = os.getpid()
+        return cls(run, socket.gethostname(), machine, pid, _started(pid) or "")
+
+    def lives_beside(self, other: Holder) -> bool | None:
+        """Whether the process lives on `other`'s machine; None if it is on another one."""
+        if self.machine != other.machine:
+            return None
+        return _started(self.pid) == self.started
+
+
+class Lease:
+    """Held inside of its block. Beats come from a thread of their own."""
+
+    def __init__(self, output: Folder, run: str, announce: Callable[[str], None] = print) -> None:
+        self._output = output
+        self._announce = announce
+        self._own = Holder.here(run)
+        self._replaced_by: Holder | None = None
+        self._released = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        """Raises RefusedError if another run lives; waits up to SILENCE_S to see if it does."""
+        data = _encoded(self._own)
+        if not self._output.create(LEASE, data):
+            holder = read_holder(self._output)
+            if holder:
+                self._wait_for_end(holder)
+            self._output.replace(LEASE, data)
+        self._beating.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._released.set()
+        self._beating.join()
+        if self._replaced_by is None:
+            self._output.delete(LEASE)
+        elif isinstance(error, Interrupted):
+            raise _refused(self._output, self._replaced_by, "took over") from error
+
+    def _wait_for_end(self, holder: Holder) -> None:
+        lives = holder.lives_beside(self._own)
+        if lives:
+            raise _refused(self._output, holder, "is running")
+        if lives is None:
+            self._announce(
+                f"a run on {holder.host} holds {self._output.url}; "
+                f"waiting up to {SILENCE_S:.0f} s for a sign of life"
+            )
+            deadline = time.monotonic() + SILENCE_S
+            while time.monotonic() < deadline:
+                self._released.wait(BEAT_S / 2)
+                now = read_holder(self._output)
+                if now is None:
+                    return
+                if now != holder:
+                    raise _refused(self._output, now, "is running")
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_S):
+            try:
+                holder = read_holder(self._output)
+                if holder and holder.run != self._own.run:
+                    self._replaced_by = holder
+                    # As if by a signal from outside: the main thread may wait for Ray.
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                    return
+                self._own = replace(self._own, beat=self._own.beat + 1)
+                self._output.replace(LEASE, _encoded(self._own))
+            except StorageError as error:
+                # The run itself meets the same storage, and decides what that means.
+                print(f"axbatch: lease: {error}", flush=True)
+
+
+def read_holder(output: Folder) -> Holder | None:
+    """Who holds the output, or held it when its process died."""
+    try:
+        return Holder(**json.loads(output.read(LEASE)))
+    except FileNotFoundError:
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """When the process started; None if there is none, or only its zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(")")[2].split()  # from the third field of proc(5) on
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _encoded(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder)).encode()
+
+
+def _refused(output: Folder, holder: Holder, what: str) -> RefusedError:
+    return RefusedError(
+        f"{output.url}: another run of this job {what} (process {holder.pid} on {holder.host})",
+        "Let it finish, or stop it; then the same command goes on where it stopped.",
+    )

@@ -1,0 +1,199 @@
+"""Engines die: whose fault it was is found out, and only that row fails."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import worker
+from pipeline.attempts import (
+    IDLE_DEATHS,
+    Crash,
+    Journal,
+    bury,
+    bury_the_dead,
+    is_suspect,
+    pieces,
+    read_crashes,
+)
+from pipeline.engine import EngineGone
+from pipeline.engine.echo import EchoEngine
+from pipeline.errors import EngineError
+from pipeline.parts import missing_ranges, parts_among
+from pipeline.records import Completion, Counts, Receipt, Unit
+from pipeline.source import encode_unit
+from pipeline.storage import Folder
+from pipeline.worker import Turns, Worker, WorkerSpec, decode_receipt
+from tests.conftest import make_job
+
+ranges = st.tuples(st.integers(0, 300), st.integers(1, 300)).map(lambda p: (p[0], p[0] + p[1]))
+
+
+@given(ranges, st.lists(st.tuples(ranges, st.booleans()), max_size=8))
+def test_pieces_cover_their_unit_once_and_in_order(
+    of: tuple[int, int], crashed: list[tuple[tuple[int, int], bool]]
+) -> None:
+    unit = Unit("s", *of)
+    cut = list(pieces(unit, [Crash(*rows, alone) for rows, alone in crashed]))
+    assert [piece.start for piece in cut] == [unit.start, *(piece.stop for piece in cut[:-1])]
+    assert cut[-1].stop == unit.stop
+    assert unit.rows == 1 or max(piece.rows for piece in cut) < unit.rows
+
+
+def test_journal_of_a_dead_worker_becomes_crash_records(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from pipeline.attempts import Journal
+from pipeline.records import Unit
+journal = Journal(Path(sys.argv[1]), "run")
+with journal.holding(Unit("a b.parquet", 0, 5), alone=False):
+    pass
+with journal.holding(Unit("a b.parquet", 5, 9), False), journal.holding(Unit("c", 1, 2), True):
+    os._exit(9)
+"""
+    output, folder = Folder(str(tmp_path / "out")), tmp_path / "machine"
+    with pytest.raises(subprocess.CalledProcessError):
+        subprocess.run([sys.executable, "-c", code, folder], check=True)
+    mine = Journal(folder, "run")
+    bury_the_dead(folder, "another run", output)
+    assert not output.list()
+
+    bury_the_dead(folder, "run", output)
+    bury_the_dead(folder, "run", output)
+
+    assert read_crashes(output, Unit("a b.parquet", 0, 100)) == [Crash(5, 9, alone=False)]
+    assert read_crashes(output, Unit("c", 0, 100)) == [Crash(1, 2, alone=True)]
+    assert read_crashes(output, Unit("c", 2, 100)) == []
+    assert mine.path.exists(), "the journal of a living worker is not touched"
+
+
+def test_engines_that_die_without_having_done_anything_end_the_job(tmp_path: Path) -> None:
+    output = Folder(str(tmp_path / "out"))
+
+    def die(number: int, finished: bool) -> None:
+        journal = tmp_path / f"run.{number}.journal"
+        lines = [["in", "s", 0, 4, False], ["out", "s", 0, 4, False], ["in", "s", 4, 8, False]]
+        journal.write_text("\n".join(json.dumps(line) for line in lines if finished or line[2] > 0))
+        bury_the_dead(tmp_path, "run", output)
+
+    for number in range(IDLE_DEATHS - 1):
+        die(number, finished=False)
+    die(IDLE_DEATHS, finished=True)
+    for number in range(IDLE_DEATHS + 1, 2 * IDLE_DEATHS):
+        die(number, finished=False)
+    with pytest.raises(EngineError, match="before they finished anything"):
+        die(2 * IDLE_DEATHS, finished=False)
+
+
+class Died(BaseException):
+    """In place of the process's end."""
+
+
+class Fragile(EchoEngine):
+    """Dies of some texts."""
+
+    async def chat(self, body: Mapping[str, Any]) -> Completion:
+        await asyncio.sleep(0)  # all rows of a unit are in the engine before the first one kills it
+        text = body["messages"][-1]["content"]
+        if text.startswith("poison"):
+            raise EngineGone(text)
+        return await super().chat(body)
+
+
+@pytest.mark.parametrize("poison", [[], [0], [17], [255], [3, 4], [1, 100, 200]], ids=str)
+def test_only_the_rows_that_kill_engines_fail(
+    tmp_path: Path, poison: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(code: int) -> None:
+        raise Died
+
+    monkeypatch.setattr(worker.os, "_exit", die)
+    monkeypatch.setattr(worker, "machine_folder", lambda: tmp_path / "machine")
+    monkeypatch.setattr(worker, "guard_children", lambda lock: None)
+    monkeypatch.setattr(worker, "redirect_output", lambda log: None)
+    monkeypatch.setattr(worker, "start_engine", lambda model, cpus, silence: Fragile(model))
+    log = tmp_path / "log"
+    log.touch()
+    spec = WorkerSpec(make_job(tmp_path), "identity", "run", log, cpus=1)
+    texts = [f"poison {i}" if i in poison else f"text {i}" for i in range(256)]
+    units = [Unit("in.parquet", start, start + 64) for start in range(0, 256, 64)]
+    blocks = {
+        unit: encode_unit(unit, "1:x", pa.table({"text": texts[unit.start : unit.stop]}))
+        for unit in units
+    }
+
+    async def live(waiting: list[Unit]) -> None:
+        """One worker's life: all units at once, as Ray hands them out. Its end ends them all."""
+        alive = Worker(spec)
+
+        async def do(unit: Unit) -> None:
+            receipts.append(decode_receipt((await alive(blocks[unit]))["receipt"][0]))
+
+        with suppress(Died):
+            await asyncio.gather(*map(do, waiting))
+
+    receipts: list[Receipt] = []
+    lives = 0
+    while waiting := [unit for unit in units if unit not in {r.unit for r in receipts}]:
+        asyncio.run(live(waiting))
+        lives += 1
+        assert lives < 30
+
+    counts = Counts()
+    for receipt in receipts:
+        counts.add(receipt.counts)
+    assert counts.rows == 256 and counts.statuses["failed"] == len(poison) == counts.not_ok
+    assert counts.reasons.keys() <= {"failed: engine_crash"}
+    output = Folder(spec.job.output.path)
+    assert missing_ranges(256, parts_among(output.list())["in.parquet"]) == []
+    assert lives <= 1 + 4 * len(poison), "twice among others, once in its piece, once alone"
+
+
+def test_turns() -> None:
+    async def play() -> list[str]:
+        turns, said = Turns(), []
+
+        async def use(name: str, turn: Any) -> None:
+            async with turn:
+                said.append(f"+{name}")
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                said.append(f"-{name}")
+
+        await asyncio.gather(
+            use("a", turns.together()), use("b", turns.together()),
+            use("C", turns.alone()), use("D", turns.alone()), use("e", turns.together()),
+        )  # fmt: skip
+        return said
+
+    said = asyncio.run(play())
+    assert sorted(said[:2]) == ["+a", "+b"]
+    for name in "CD":
+        assert said.index(f"-{name}") == said.index(f"+{name}") + 1, "nobody else was inside"
+    assert len(said) == 10
+
+
+def test_is_suspect() -> None:
+    together = Crash(0, 8, alone=False)
+    assert not is_suspect([]) and not is_suspect([together])
+    assert is_suspect([together, together]) and is_suspect([Crash(0, 1, alone=True)])
+
+
+def test_bury_leaves_no_trace_of_what_was_finished(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "run")
+    with journal.holding(Unit("s", 0, 1), alone=True):
+        pass
+    bury(journal.path, Folder(str(tmp_path / "out")))
+    assert not Folder(str(tmp_path / "out")).list()
