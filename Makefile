@@ -10,12 +10,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 READY := .venv/ready
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test faults check format bench clean
 
 help:
 	@echo "make setup   the virtual environment in .venv (no GPU needed)"
 	@echo "make demo    translate the sample with the embedded model on real vLLM"
 	@echo "make test    all tests"
+	@echo "make faults  a job killed at each of its storage calls, on disk and on S3"
 	@echo "make check   ruff and mypy"
 
 setup: $(READY)
@@ -45,6 +46,10 @@ check: $(READY)
 format: $(READY)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+# Half an hour: what `make test` only samples.
+faults: $(READY)
+	@AXBATCH_FAULTS=all $(BIN)/pytest -v tests/test_crash_points.py
 
 bench: $(READY)
 	@$(BIN)/python -m tests.bench

@@ -1,4 +1,4 @@
-"""The command line: `axbatch validate|plan|run|status|verify|submit JOB.yaml`."""
+"""The command line: `axbatch validate|plan|run|status|verify|retry|submit JOB.yaml`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.config import JobConfig
-    from pipeline.plan import Plan
+    from pipeline.plan import Plan, Retry
     from pipeline.task import Task
 
 EPILOG = """exit codes:
   0    done, within `limits`
   1    stopped by a fault (storage, cluster, engine); the same command goes on
   2    the job file or the arguments are wrong
-  3    done, too many rows not ok
+  3    too many rows not ok
   4    refused: changed identity or input, or the same job is active
   130  interrupted; the same command goes on"""
 
@@ -81,13 +81,13 @@ def _plan_command(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, console: Console) -> int:
+def _run(options: argparse.Namespace, console: Console, retry: Retry | None = None) -> int:
     from pipeline.report import show_examples, show_summary
     from pipeline.run import run_job
     from pipeline.storage import Folder
 
     job, task = _load(options)
-    summary = run_job(job, _console(sys.stderr) if options.json else console)
+    summary = run_job(job, _console(sys.stderr) if options.json else console, retry)
 
     def show() -> None:
         show_summary(summary, console)
@@ -97,6 +97,13 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
     _answer(options, console, summary.to_json(), show)
     return summary.exit_code
+
+
+def _retry(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.plan import Retry
+
+    status = options.status or (None if options.reason else "failed")
+    return _run(options, console, Retry(status, options.reason))
 
 
 def _status(options: argparse.Namespace, console: Console) -> int:
@@ -204,9 +211,15 @@ def _parser() -> argparse.ArgumentParser:
     add("validate", _validate, "check the job file, the input's columns and the model's folder")
     add("plan", _plan_command, "show what a run would do, from footers alone")
     run = add("run", _run, "run the job; resumes by itself")
-    run.add_argument("--show", action="store_true", help="show five rows at the end")
     add("status", _status, "show how far the job is, from storage alone")
     add("verify", _verify, "prove that every input row came out once, in order, unchanged")
+    retry = add("retry", _retry, "do rows that are not ok again, and publish their files anew")
+    retry.add_argument(
+        "--status", choices=["failed", "rejected"], help="default: failed, unless --reason is given"
+    )
+    retry.add_argument("--reason", metavar="CODE", help="only rows of this reason, see status")
+    for command in (run, retry):
+        command.add_argument("--show", action="store_true", help="show five rows at the end")
     submit = add("submit", _submit, "submit the job to a running Ray cluster")
     submit.add_argument(
         "--address", metavar="URL", help="http://HOST:8265; default: RAY_API_SERVER_ADDRESS"

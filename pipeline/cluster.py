@@ -132,7 +132,8 @@ def _too_large(world: int, limit: str) -> ModelError:
 def receipts(
     plan: Plan, columns: list[str], spec: WorkerSpec, share: Resources
 ) -> Iterator[Receipt]:
-    """Run the plan's pending units through worker actors; yield a receipt per committed unit.
+    """Run the plan's pending units through worker actors; yield a receipt per committed unit. Ends
+    early once the workers have been told to begin no more.
 
     Raises:
         AxbatchError: what a worker or a reader raised; a ClusterError if Ray itself gave up.
@@ -147,7 +148,7 @@ def receipts(
     # Ray grows a pool when more tasks wait than it holds; ours are never queued beyond what a
     # worker does at once, so a full pool is what calls for another replica.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = FULL_POOL
-    source = UnitSource(plan, columns)
+    source = UnitSource(plan, columns, spec.watch)
     dataset = ray.data.read_datasource(
         source,
         override_num_blocks=source.task_count,
@@ -170,7 +171,9 @@ def receipts(
     )
     try:
         for row in dataset.iter_rows():
-            yield decode_receipt(row["receipt"])
+            receipt = decode_receipt(row["receipt"])
+            if receipt:
+                yield receipt
     except ray.exceptions.RayError as error:
         raise ClusterError(
             f"Ray gave up: {type(error).__name__}: {_last_line(error)}",

@@ -38,6 +38,9 @@ class SecretInJobFile(ValueError):
     """The value must not be shown in the message."""
 
 
+OnChange = Literal["refuse", "reprocess"]
+
+
 class InputConfig(Section):
     """What is read. Exactly one of `path` and `dataset`."""
 
@@ -53,6 +56,10 @@ class InputConfig(Section):
 
     split: str = "train"
     """The dataset's split."""
+
+    on_change: OnChange = "refuse"
+    """What to do about an input file that has changed, or is gone, since rows of it were done.
+    refuse: nothing. reprocess: do a changed file again, keep what was made of one that is gone."""
 
     rows_per_unit: int = Field(256, ge=1, le=65_536)
     """Rows that are committed together, at most; fewer where rows are long."""
@@ -229,6 +236,10 @@ class ClusterConfig(Section):
 
     address: str | None = None
     """A running Ray cluster; null: the environment's RAY_ADDRESS, else Ray on this machine."""
+
+    grace_s: float = Field(20.0, ge=0)
+    """After SIGTERM no unit begins, and those that have begun have so many seconds to end. Less
+    than what the machine leaves: Kubernetes 30, a spot notice 120."""
 
     cpus_per_replica: int | None = Field(None, ge=1)
     """CPUs of an engine without GPU; null: this machine's cores shared among the replicas."""

@@ -8,6 +8,7 @@ AxbatchError
 ├── StorageError        storage refused or did not answer                    exit 1
 ├── ClusterError        Ray is not there, or has too little room             exit 1
 ├── EngineError         the engine did not start or is gone                  exit 1
+├── TooManyNotOkError   the job was ended early: it would end with exit 3    exit 3
 ├── VerifyError         the output is not what was promised                  exit 1
 └── RowError            one row or one request; becomes the row's status
     ├── RowRejected     this input cannot be done as asked
@@ -82,6 +83,12 @@ class ClusterError(AxbatchError):
 
 class EngineError(AxbatchError):
     """The engine did not start, or died and can't be replaced."""
+
+
+class TooManyNotOkError(AxbatchError):
+    """So many rows are not ok that going on only costs money."""
+
+    exit_code = EXIT_TOO_MANY_NOT_OK
 
 
 class VerifyError(AxbatchError):

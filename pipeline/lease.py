@@ -7,6 +7,8 @@ lives on this machine, and takes over at once if it has died there. The life of 
 machine shows in its beats alone: if they move, the later one is refused; if they stand still for
 SILENCE_S, by the later one's own clock, it takes over. A holder that finds itself replaced stops.
 
+Workers look at the file too: they begin no unit once their run drains, or has lost the output.
+
 Two may hold it for the moment between a take-over and the next beat. That costs work, never rows:
 the output is exact because parts and published files are (parts.py), whoever writes them.
 """
@@ -14,6 +16,7 @@ the output is exact because parts and published files are (parts.py), whoever wr
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -30,6 +33,7 @@ from pipeline.storage import Folder
 LEASE = "_axbatch/lease.json"
 BEAT_S = 5.0
 SILENCE_S = 30.0
+LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Holder:
     started: str
     """In clock ticks since the boot."""
     beat: int = 0
+    draining: bool = False
+    """Its workers begin no more units."""
 
     @classmethod
     def here(cls, run: str) -> Holder:
@@ -69,7 +75,9 @@ class Lease:
         self._announce = announce
         self._own = Holder.here(run)
         self._replaced_by: Holder | None = None
-        self._released = threading.Event()
+        self._released = False
+        self._due = threading.Event()
+        self._beats = 0
         self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
@@ -86,7 +94,8 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._released.set()
+        self._released = True
+        self._due.set()
         self._beating.join()
         if self._replaced_by is None:
             self._output.delete(LEASE)
@@ -104,27 +113,59 @@ class Lease:
             )
             deadline = time.monotonic() + SILENCE_S
             while time.monotonic() < deadline:
-                self._released.wait(BEAT_S / 2)
+                self._due.wait(BEAT_S / 2)
                 now = read_holder(self._output)
                 if now is None:
                     return
                 if now != holder:
                     raise _refused(self._output, now, "is running")
 
+    def drain(self) -> None:
+        """Have this run's workers begin no more units. For a signal handler: returns at once."""
+        self._own = replace(self._own, draining=True)
+        self._due.set()
+
     def _beat(self) -> None:
-        while not self._released.wait(BEAT_S):
+        was_draining = False
+        while True:
+            self._due.wait(BEAT_S)
+            if self._released:
+                return
+            self._due.clear()
             try:
                 holder = read_holder(self._output)
                 if holder and holder.run != self._own.run:
                     self._replaced_by = holder
-                    # As if by a signal from outside: the main thread may wait for Ray.
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                    # As if by Ctrl-C: the main thread may wait for Ray.
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
-                self._own = replace(self._own, beat=self._own.beat + 1)
-                self._output.replace(LEASE, _encoded(self._own))
+                self._beats += 1
+                holder = replace(self._own, beat=self._beats)
+                self._output.replace(LEASE, _encoded(holder))
+                if holder.draining and not was_draining:
+                    self._announce("no unit begins any more; those that have begun are finished")
+                was_draining = holder.draining
             except StorageError as error:
                 # The run itself meets the same storage, and decides what that means.
                 print(f"axbatch: lease: {error}", flush=True)
+
+
+class Watch:
+    """Tells a run's workers and readers when to begin no more units. Travels to them."""
+
+    def __init__(self, output: Folder, run: str) -> None:
+        self._output = output
+        self._run = run
+        self._looked = -math.inf
+        self._answer = False
+
+    def says_stop(self) -> bool:
+        """Looks at the lease again once LOOK_S have passed."""
+        if time.monotonic() - self._looked > LOOK_S and not self._answer:
+            self._looked = time.monotonic()
+            holder = read_holder(self._output)
+            self._answer = bool(holder and (holder.draining or holder.run != self._run))
+        return self._answer
 
 
 def read_holder(output: Folder) -> Holder | None:

@@ -1,30 +1,40 @@
 """Parts and published shards: what is on storage, and why it is always exact.
 
-    <output>/_axbatch/parts/<shard>/<unit>.parquet   results of one unit, input columns left out
-    <output>/<shard>                                 the published shard: input columns and results
+    <output>/_axbatch/parts/<shard>/<origin>/<unit>.parquet   results of one unit, no input columns
+    <output>/<shard>                                          the published shard: input and results
 
-1. A part is created by one atomic create under a name that follows from shard and range. Its
-   existence is the commit of its rows: there is no marker and no pending state. A second writer
-   of the same unit loses (disk, S3) or overwrites whole with whole (stores without conditional
-   writes); either way the rows are there once.
+1. A part is created by one atomic create under a name that follows from its shard, its origin (a
+   hash of the identity and the input's fingerprint) and its range. Its existence is the commit of
+   its rows: there is no marker and no pending state. A second writer of the same unit loses (disk,
+   S3) or overwrites whole with whole (stores without conditional writes); either way the rows are
+   there once.
 2. A shard is published, from its input file and its parts, by one atomic replace, once parts cover
    all of its rows. Publishing twice writes the same rows.
 3. Only then are its parts deleted. So a shard is done if its output file is there; else what is
    left to do is its rows minus the ranges that its parts cover.
+4. A retry does some rows of a published shard again: these rows, counted from 0, are a shard of
+   their own, whose origin is the run that published and a hash of the rows' positions. Merging
+   replaces the output file as in 2, with the new results in the place of the old ones; from then
+   on the parts' origin names a file that is gone, so that they are never merged twice.
 
-Both kinds of file carry, in their footer, the identity and the input's fingerprint, so that
-nothing computed for another prompt or another version of the input is ever merged in.
+Whatever is killed when: before 1 a unit's rows are still to do, after it they are done; before 2
+readers see the old file or none, after it the new one; what is left over after that is dropped by
+the next run. Both kinds of file carry, in their footer, the identity and the input's fingerprint,
+so that nothing computed for another prompt or another version of the input is ever merged in.
 Pages carry checksums, verified on every read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import IO
 
 import pyarrow as pa
@@ -32,7 +42,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, RefusedError, StorageError
-from pipeline.records import Counts, Output, Unit, Usage
+from pipeline.records import Counts, Output, Unit, Usage, counted_as
 from pipeline.storage import Entry, Folder
 
 PARTS = "_axbatch/parts"
@@ -93,6 +103,29 @@ def result_table(outputs: Sequence[Output], column: str, value_type: pa.DataType
     return pa.table(arrays, schema=pa.schema(result_fields(column, value_type)))
 
 
+def key_of(name: str, *origin: str) -> str:
+    """What the units and parts of a shard are named after: its output's name, and a hash of all
+    that their results follow from. Parts of another job, or of another version of the input, are
+    never found under it."""
+    return f"{name}/{hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]}"
+
+
+def retry_key(published: Stamp, rows: array[int]) -> str:
+    """The key of a retry of these rows, on top of what was published."""
+    return retries_of(published) + hashlib.sha256(rows.tobytes()).hexdigest()[:12]
+
+
+def retries_of(published: Stamp) -> str:
+    """What the keys of all retries of it begin with. Once one has been merged, they name a run
+    that the file is no longer of."""
+    return f"{published.shard}/{published.run}."
+
+
+def name_of(key: str) -> str:
+    """The inverse of `key_of`: the name of the output file."""
+    return key.rpartition("/")[0]
+
+
 def commit_part(output: Folder, stamp: Stamp, results: pa.Table) -> bool:
     """Create the part of rows [stamp.start, stamp.stop). False if it was there already."""
     unit = Unit(stamp.shard, stamp.start, stamp.stop)
@@ -104,15 +137,15 @@ def commit_part(output: Folder, stamp: Stamp, results: pa.Table) -> bool:
 
 
 def parts_among(entries: Iterable[Entry]) -> dict[str, list[Unit]]:
-    """Committed units by shard, in row order, from a listing of the output."""
+    """Committed units by key, in row order, from a listing of the output."""
     parts: dict[str, list[Unit]] = {}
     for entry in entries:
         if entry.path.startswith(PARTS + "/"):
-            shard, _, file = entry.path.removeprefix(PARTS + "/").rpartition("/")
+            key, _, file = entry.path.removeprefix(PARTS + "/").rpartition("/")
             if re.fullmatch(r"\d+-\d+\.parquet", file):  # file systems leave names of their own
-                unit = Unit.from_id(shard, file.removesuffix(".parquet"))
-                parts.setdefault(shard, []).append(unit)
-    return {shard: sorted(units) for shard, units in parts.items()}
+                unit = Unit.from_id(key, file.removesuffix(".parquet"))
+                parts.setdefault(key, []).append(unit)
+    return {key: sorted(units) for key, units in parts.items()}
 
 
 def missing_ranges(rows: int, parts: Iterable[Unit]) -> list[tuple[int, int]]:
@@ -148,9 +181,15 @@ def part_path(unit: Unit) -> str:
 
 
 def publish(
-    source: Folder, source_path: str, output: Folder, stamp: Stamp, fields: Sequence[pa.Field]
+    source: Folder,
+    source_path: str,
+    output: Folder,
+    stamp: Stamp,
+    key: str,
+    fields: Sequence[pa.Field],
 ) -> Counts:
-    """Merge a complete shard's input and parts into its output file, then drop the parts.
+    """Merge a complete shard's input and the parts of `key` into its output file, then drop the
+    parts.
 
     `stamp` covers the whole shard; its counts are ignored and computed here, from the rows.
     Memory: about one row group, whatever the size of the shard.
@@ -161,8 +200,7 @@ def publish(
         RefusedError: a part was made with another identity or from another input, or the input
             has changed since it was planned.
     """
-    counts = Counts()
-    results = _results_in_order(output, stamp, counts)
+    results = _Results(output, key, stamp.stop, stamp)
     url = f"{source.url}/{source_path}"
     with input_errors(url), source.open(source_path) as file:
         parquet = open_parquet(file)
@@ -172,19 +210,104 @@ def publish(
                 "Run again once nothing writes to the input any more.",
             )
         schema = output_schema(parquet.schema_arrow, fields)
-        with output.replacing(stamp.shard) as sink, _writer(sink, schema) as writer:
-            buffered: list[pa.Table] = []
+
+        def tables() -> Iterator[pa.Table]:
             for batch in read_batches(parquet, url):
-                buffered.append(_beside(batch, results, schema))
-                if _is_row_group(buffered):
-                    writer.write_table(pa.concat_tables(buffered))
-                    buffered = []
-            writer.write_table(pa.concat_tables([*buffered, schema.empty_table()]))
+                taken = results.take(batch.num_rows)
+                yield pa.table([*batch.columns, *taken.columns], schema=schema)
             results.finish()
-            done = Stamp(**{**vars(stamp), "counts": counts})
-            writer.add_key_value_metadata({FOOTER_KEY: done.to_footer()})
+
+        counts = _write_shard(output, stamp, schema, tables())
     output.delete_folder(f"{PARTS}/{stamp.shard}")
     return counts
+
+
+def republish(output: Folder, name: str, rows: array[int], key: str, run: str) -> Counts:
+    """Merge the parts of a retry of `rows` into the output file that they are a retry of, then
+    drop the parts. A row's `_usage` adds up what all its attempts took.
+
+    Raises as `publish` does; RefusedError also if the file is not the one that was planned with.
+    """
+    url = f"{output.url}/{name}"
+    with input_errors(url), output.open(name) as file:
+        parquet = open_parquet(file)
+        before = Stamp.from_footer(parquet.metadata.metadata[FOOTER_KEY.encode()])
+        if retry_key(before, rows) != key:
+            raise RefusedError(f"{url}: was published again meanwhile", "Run the retry again.")
+        results = _Results(output, key, len(rows), before)
+        schema = output_schema(parquet.schema_arrow, [])
+
+        def tables() -> Iterator[pa.Table]:
+            start = first = 0
+            for batch in read_batches(parquet, url):
+                table = pa.Table.from_batches([batch])
+                last = bisect_left(rows, start + batch.num_rows, first)
+                if last > first:
+                    inside = [row - start for row in rows[first:last]]
+                    table = _replaced(table, inside, results.take(last - first))
+                yield table
+                start, first = start + batch.num_rows, last
+            results.finish()
+
+        counts = _write_shard(output, replace(before, run=run), schema, tables())
+    output.delete_folder(f"{PARTS}/{name}")
+    return counts
+
+
+def not_ok_rows(output: Folder, path: str) -> Iterator[tuple[int, str]]:
+    """Rows of a part or a published shard that are not ok, by their position in it, with
+    `status: code` as in Counts.reasons."""
+    url = f"{output.url}/{path}"
+    with input_errors(url), output.open(path) as file:
+        start = 0
+        for batch in read_batches(open_parquet(file), url, columns=["_status", "_reason"]):
+            rows = pc.indices_nonzero(pc.not_equal(batch["_status"], "ok")).to_pylist()
+            for row in rows:
+                status, reason = batch["_status"][row].as_py(), batch["_reason"][row].as_py()
+                yield start + row, counted_as(status, reason)
+            start += batch.num_rows
+
+
+def _write_shard(
+    output: Folder, stamp: Stamp, schema: pa.Schema, tables: Iterator[pa.Table]
+) -> Counts:
+    """Replace the shard's output file by these rows, results included. Returns their counts."""
+    counts = Counts()
+    with output.replacing(stamp.shard) as sink, _writer(sink, schema) as writer:
+        buffered: list[pa.Table] = []
+        for table in tables:
+            count_rows(table, counts)
+            buffered.append(table)
+            if _is_row_group(buffered):
+                writer.write_table(pa.concat_tables(buffered))
+                buffered = []
+        writer.write_table(pa.concat_tables([*buffered, schema.empty_table()]))
+        footer = replace(stamp, counts=counts).to_footer()
+        writer.add_key_value_metadata({FOOTER_KEY: footer})
+    return counts
+
+
+def _replaced(table: pa.Table, rows: Sequence[int], results: pa.Table) -> pa.Table:
+    """`table` with other results in these of its rows, their usage on top of what it was."""
+    order = list(range(table.num_rows))
+    for index, row in enumerate(rows):
+        order[row] = table.num_rows + index
+    for name in results.column_names:
+        new = results[name]
+        if name == "_usage":
+            new = _sum_of_usage(table[name].take(pa.array(rows)), new)
+        both = pa.chunked_array([*table[name].chunks, *new.chunks], table.schema.field(name).type)
+        position = table.schema.get_field_index(name)
+        table = table.set_column(position, table.schema.field(name), both.take(pa.array(order)))
+    return table
+
+
+def _sum_of_usage(before: pa.ChunkedArray, now: pa.ChunkedArray) -> pa.ChunkedArray:
+    sums = [
+        pc.add(pc.struct_field(before, name), pc.struct_field(now, name)).combine_chunks()
+        for name in Usage.__dataclass_fields__
+    ]
+    return pa.chunked_array([pa.StructArray.from_arrays(sums, fields=[*USAGE_TYPE])])
 
 
 def output_schema(input_schema: pa.Schema, fields: Sequence[pa.Field]) -> pa.Schema:
@@ -239,14 +362,15 @@ def input_errors(url: str) -> Iterator[None]:
 
 
 class _Results:
-    """Hands out the shard's results, `n` rows at a time, in row order, from its parts."""
+    """Hands out the results of a complete shard, `rows` of them in all, in row order."""
 
-    def __init__(self, tables: Iterator[pa.Table]) -> None:
-        self._tables = tables
-        self._current = next(tables, None)
+    def __init__(self, output: Folder, key: str, rows: int, stamp: Stamp) -> None:
+        self._tables = _tables_in_order(output, key, rows, stamp)
+        self._current = next(self._tables, None)
         self._used = 0
 
     def take(self, rows: int) -> pa.Table:
+        """The results of the next rows."""
         taken: list[pa.Table] = []
         while rows:
             if self._current is None:
@@ -265,26 +389,19 @@ class _Results:
             raise StorageError("the parts of a shard hold more rows than its input")
 
 
-def _results_in_order(output: Folder, stamp: Stamp, counts: Counts) -> _Results:
+def _tables_in_order(output: Folder, key: str, rows: int, stamp: Stamp) -> Iterator[pa.Table]:
     """Results of all rows once, from parts that may overlap where two runs cut units apart."""
-
-    def tables() -> Iterator[pa.Table]:
-        position = 0
-        listing = output.list(f"{PARTS}/{stamp.shard}")
-        for unit in parts_among(listing).get(stamp.shard, []):
-            if unit.stop <= position or unit.start > position:
-                continue
-            table = _read_part(output, unit, stamp).slice(position - unit.start)
-            count_rows(table, counts)
-            yield table
-            position = unit.stop
-        if position != stamp.stop:
-            raise StorageError(
-                f"{output.url}: rows {position} to {stamp.stop} of {stamp.shard} have no part",
-                "Run the same command again; it redoes what is missing.",
-            )
-
-    return _Results(tables())
+    position = 0
+    for unit in parts_among(output.list(f"{PARTS}/{key}")).get(key, []):
+        if unit.stop <= position or unit.start > position:
+            continue
+        yield _read_part(output, unit, stamp).slice(position - unit.start)
+        position = unit.stop
+    if position != rows:
+        raise StorageError(
+            f"{output.url}: rows {position} to {rows} of {key} have no part",
+            "Run the same command again; it redoes what is missing.",
+        )
 
 
 def _read_part(output: Folder, unit: Unit, stamp: Stamp) -> pa.Table:
@@ -305,9 +422,9 @@ def check_same_origin(made: Stamp, identity: str, fingerprint: str, url: str) ->
         )
     if made.fingerprint != fingerprint:
         raise RefusedError(
-            f"{url}: the input file {made.shard} has changed since "
+            f"{url}: its input file has changed since "
             f"({_difference(made.fingerprint, fingerprint)})",
-            "Put the old file back, or give the job a new `output.path`.",
+            "Put the old file back, or have it done again with `input.on_change: reprocess`.",
         )
 
 
@@ -326,18 +443,12 @@ def count_rows(results: pa.Table, counts: Counts) -> None:
     for status, reason in zip(
         not_ok["_status"].to_pylist(), not_ok["_reason"].to_pylist(), strict=True
     ):
-        counts.reasons[f"{status}: {reason.partition(':')[0]}"] += 1
+        counts.reasons[counted_as(status, reason)] += 1
     totals = {
         name: pc.sum(pc.struct_field(results["_usage"], name)).as_py() or 0
         for name in Usage.__dataclass_fields__
     }
     counts.usage += Usage(**totals)
-
-
-def _beside(batch: pa.RecordBatch, results: _Results, schema: pa.Schema) -> pa.Table:
-    taken = results.take(batch.num_rows)
-    columns = [*batch.columns, *taken.columns]
-    return pa.table(columns, schema=schema)
 
 
 def _is_row_group(tables: Sequence[pa.Table]) -> bool:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import InputConfig, JobConfig
+from pipeline.config import InputConfig, JobConfig, OnChange
 from pipeline.errors import InputError, RefusedError
 from pipeline.parts import (
+    PARTS,
     STATUS_COLUMNS,
     Stamp,
     check_same_origin,
     input_errors,
+    key_of,
     missing_ranges,
+    name_of,
+    not_ok_rows,
     open_parquet,
     part_path,
     parts_among,
     read_stamp,
+    retries_of,
+    retry_key,
 )
 from pipeline.records import Counts, Unit
 from pipeline.staging import BUILDERS, STAGED, stage_dataset, stage_file, staged_name, suffix_of
@@ -32,12 +41,16 @@ FOOTER_THREADS = 32
 UNIT_BYTES = 1 << 20
 """Most bytes of task columns in one unit, so that a unit stays far under ten minutes."""
 
+FOOTER_END = 8
+"""Bytes after a Parquet footer: its length, and PAR1."""
+
+OWN_FOLDER = "_axbatch/"
 RAY_PICKLED = "ray.data.arrow_pickled_object"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One input file, which becomes one output file of the same name."""
+    """One input file, or some of its rows; it becomes one output file of the same name."""
 
     name: str
     """Path of the output file below the output folder."""
@@ -50,6 +63,8 @@ class Shard:
     rows_per_unit: int
     row_groups: tuple[int, ...]
     """Rows of each row group."""
+    selected: array[int] | None = None
+    """The rows of the file that it consists of, ascending; None for all."""
 
     def check_unchanged(self) -> None:
         """Raises RefusedError if the input file was replaced since it was planned."""
@@ -57,7 +72,7 @@ class Shard:
             return  # its fingerprint is that of the file it was staged from
         with input_errors(f"{self.source.url}/{self.path}"):
             now = self.source.entry(self.path).fingerprint
-        if now != self.fingerprint:
+        if not self.fingerprint.startswith(f"{now}:"):
             raise RefusedError(
                 f"{self.source.url}/{self.path}: was replaced while the job ran",
                 "Put the old file back, or give the job a new `output.path`.",
@@ -69,12 +84,14 @@ class ShardPlan:
     """A shard and its state on storage."""
 
     shard: Shard
+    key: str
+    """The name of its units and parts, see `key_of`."""
     published: Stamp | None
     """The stamp of its output file, if it has one."""
     pending: list[tuple[int, int]]
     """Row ranges without a part; empty and unpublished means ready to publish."""
-    has_leftover_parts: bool = False
-    """Published, but a crash came before its parts were dropped."""
+    leftovers: tuple[str, ...] = ()
+    """See Plan."""
 
     @property
     def pending_rows(self) -> int:
@@ -90,16 +107,25 @@ class ShardPlan:
         for start, stop in self.pending:
             while start < stop:
                 cut = min(stop, (start // size + 1) * size)
-                yield Unit(self.shard.name, start, cut)
+                yield Unit(self.key, start, cut)
                 start = cut
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards, by name."""
+    """All shards, by name; of a retry, those with rows to do again."""
 
     identity: str
     shards: list[ShardPlan]
+    untouched: Counts = field(default_factory=Counts)
+    """Of published files that a retry leaves alone."""
+    leftovers: Sequence[str] = ()
+    """Keys whose parts nobody needs any more: a crash came before they were dropped, or the input
+    has changed since."""
+
+    @property
+    def is_retry(self) -> bool:
+        return any(s.shard.selected is not None for s in self.shards)
 
     @property
     def rows(self) -> int:
@@ -116,6 +142,7 @@ class Plan:
     @property
     def published_counts(self) -> Counts:
         counts = Counts()
+        counts.add(self.untouched)
         for shard in self.shards:
             if shard.published:
                 counts.add(shard.published.counts)
@@ -133,6 +160,19 @@ class Plan:
         }
 
 
+@dataclass(frozen=True)
+class Retry:
+    """Which rows to do again: those of a status, of a reason's code, or of both."""
+
+    status: str | None
+    reason: str | None
+
+    def wants(self, counted: str) -> bool:
+        """`counted` is a key of Counts.reasons."""
+        status, _, code = counted.partition(": ")
+        return self.status in (None, status) and self.reason in (None, code)
+
+
 def make_plan(job: JobConfig, task: Task, identity: str) -> Plan:
     """List the input, read its footers, and compare with what the output holds.
 
@@ -141,26 +181,68 @@ def make_plan(job: JobConfig, task: Task, identity: str) -> Plan:
         RefusedError: output made by another identity or from an input that has changed since.
     """
     output = Folder(job.output.path)
-    return plan_shards(find_shards(job, task, output), output, identity)
+    shards = find_shards(job, task, output)
+    return plan_shards(shards, output, identity, job.input.on_change)
 
 
-def plan_shards(shards: Sequence[Shard], output: Folder, identity: str) -> Plan:
+def plan_shards(
+    shards: Sequence[Shard], output: Folder, identity: str, on_change: OnChange = "refuse"
+) -> Plan:
     """Compare the shards with what the output holds. Raises RefusedError, see `make_plan`."""
     entries = output.list()
     parts = parts_among(entries)
-    existing = {entry.path for entry in entries}
+    keys: defaultdict[str, list[str]] = defaultdict(list)
+    for key in parts:
+        keys[name_of(key)].append(key)
+    made = {entry.path for entry in entries if not entry.path.startswith(OWN_FOLDER)}
 
     def state(shard: Shard) -> ShardPlan:
-        published = _published(shard, output, identity) if shard.name in existing else None
-        committed = parts.get(shard.name, [])
+        key = key_of(shard.name, identity, shard.fingerprint)
+        published = _published(shard, output, identity, on_change) if shard.name in made else None
         if published:
-            return ShardPlan(shard, published, [], has_leftover_parts=bool(committed))
-        if committed:
-            _check_part(shard, output, committed[0], identity)
-        return ShardPlan(shard, None, missing_ranges(shard.rows, committed))
+            begun = retries_of(published)
+            leftovers = tuple(k for k in keys.get(shard.name, ()) if not k.startswith(begun))
+            return ShardPlan(shard, key, published, [], leftovers)
+        leftovers = tuple(other for other in keys.get(shard.name, ()) if other != key)
+        for other in leftovers:
+            # One part speaks for all of its key, as their key says where they come from.
+            path = part_path(parts[other][0])
+            url = f"{output.url}/{path}"
+            _check_origin(read_stamp(output, path), shard, identity, url, on_change)
+        pending = missing_ranges(shard.rows, parts.get(key, []))
+        return ShardPlan(shard, key, None, pending, leftovers)
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        return Plan(identity, list(pool.map(state, shards)))
+        states = list(pool.map(state, shards))
+    if on_change == "refuse":
+        _refuse_vanished({*made, *keys} - {shard.name for shard in shards}, keys, output)
+    return Plan(identity, states, leftovers=[key for each in states for key in each.leftovers])
+
+
+def plan_retry(plan: Plan, output: Folder, retry: Retry) -> Plan:
+    """The rows of published shards that `retry` wants, as shards of their own."""
+    wanted: list[ShardPlan] = []
+    untouched = Counts()
+    parts = parts_among(output.list(PARTS))
+
+    def select(planned: ShardPlan) -> ShardPlan | None:
+        stamp = planned.published
+        if stamp is None or not any(map(retry.wants, stamp.counts.reasons)):
+            return None
+        not_ok = not_ok_rows(output, planned.shard.name)
+        rows = array("q", [row for row, counted in not_ok if retry.wants(counted)])
+        key = retry_key(stamp, rows)
+        count = len(rows)
+        shard = replace(planned.shard, rows=count, row_groups=(count,), selected=rows)
+        return ShardPlan(shard, key, None, missing_ranges(count, parts.get(key, [])))
+
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        for planned, selected in zip(plan.shards, pool.map(select, plan.shards), strict=True):
+            if selected:
+                wanted.append(selected)
+            elif planned.published:
+                untouched.add(planned.published.counts)
+    return Plan(plan.identity, wanted, untouched, plan.leftovers)
 
 
 def find_shards(job: JobConfig, task: Task, output: Folder) -> list[Shard]:
@@ -246,6 +328,9 @@ def _read_shard(file: _InputFile, columns: Sequence[str], taken: Sequence[str], 
             for g in range(metadata.num_row_groups)
             for c in wide
         )
+        fingerprint = file.entry.fingerprint
+        if not file.entry.path.startswith(STAGED):  # which has the fingerprint of its source
+            fingerprint += f":{_footer_hash(opened, metadata.serialized_size)}"
     check_schema(schema, columns, taken, file.origin)
     bytes_per_row = max(1.0, column_bytes / max(1, metadata.num_rows))
     return Shard(
@@ -254,10 +339,17 @@ def _read_shard(file: _InputFile, columns: Sequence[str], taken: Sequence[str], 
         path=file.entry.path,
         rows=metadata.num_rows,
         bytes=file.entry.size,
-        fingerprint=file.entry.fingerprint,
+        fingerprint=fingerprint,
         rows_per_unit=max(1, min(rows, int(UNIT_BYTES / bytes_per_row))),
         row_groups=tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)),
     )
+
+
+def _footer_hash(file: pa.NativeFile, length: int) -> str:
+    """Tells files apart that have the same size and time: the footer holds row counts, offsets
+    and, nearly always, the least and greatest value of every column."""
+    file.seek(file.size() - FOOTER_END - length)
+    return hashlib.sha256(file.read(length)).hexdigest()[:8]
 
 
 def check_schema(schema: pa.Schema, columns: Sequence[str], taken: Sequence[str], url: str) -> None:
@@ -276,10 +368,10 @@ def check_schema(schema: pa.Schema, columns: Sequence[str], taken: Sequence[str]
                 f"{url}: already has a column `{column}`, which the result needs",
                 "Choose another `output.column`, or leave the column out of the input.",
             )
-    for field in schema:
-        if _holds_pickles(field):
+    for column_field in schema:
+        if _holds_pickles(column_field):
             raise InputError(
-                f"{url}: column `{field.name}` holds pickled Python objects, which are code",
+                f"{url}: column `{column_field.name}` holds pickled Python objects, which are code",
                 "Write the column with a plain Arrow type.",
             )
 
@@ -293,23 +385,48 @@ def _holds_pickles(field: pa.Field) -> bool:
     return any(_holds_pickles(field.type.field(i)) for i in range(field.type.num_fields))
 
 
-def _published(shard: Shard, output: Folder, identity: str) -> Stamp:
+def _published(shard: Shard, output: Folder, identity: str, on_change: OnChange) -> Stamp | None:
+    """The stamp of the shard's output file; None if that was made from an input that has changed
+    since, and is to be made again."""
+    url = f"{output.url}/{shard.name}"
     try:
         stamp = read_stamp(output, shard.name)
     except InputError:
         stamp = None
     if stamp is None:
         raise RefusedError(
-            f"{output.url}/{shard.name}: is there already and is not axbatch's output",
+            f"{url}: is there already and is not axbatch's output",
             "Choose an empty `output.path`, or move the file away to have it made again.",
         )
-    check_same_origin(stamp, identity, shard.fingerprint, f"{output.url}/{shard.name}")
-    return stamp
+    return stamp if _check_origin(stamp, shard, identity, url, on_change) else None
 
 
-def _check_part(shard: Shard, output: Folder, unit: Unit, identity: str) -> None:
-    """One part speaks for its shard here; publishing checks every one."""
-    stamp = read_stamp(output, part_path(unit))
-    if stamp:
-        url = f"{output.url}/{part_path(unit)}"
-        check_same_origin(stamp, identity, shard.fingerprint, url)
+def _check_origin(
+    stamp: Stamp | None, shard: Shard, identity: str, url: str, on_change: OnChange
+) -> bool:
+    """Whether `stamp` belongs to this job and this version of the shard's input. Raises
+    RefusedError if it doesn't and that is not to be mended by doing the shard again."""
+    if stamp is None:
+        return False
+    changed = stamp.fingerprint != shard.fingerprint
+    fingerprint = stamp.fingerprint if on_change == "reprocess" else shard.fingerprint
+    check_same_origin(stamp, identity, fingerprint, url)
+    return not changed
+
+
+def _refuse_vanished(names: Iterable[str], keys: Mapping[str, list[str]], output: Folder) -> None:
+    """Raises RefusedError for what was made from an input file that is gone. Files of others,
+    which nothing was made from, may lie in the output folder."""
+    for name in sorted(names):
+        if name in keys or (suffix_of(name) == ".parquet" and _is_stamped(output, name)):
+            raise RefusedError(
+                f"{output.url}/{name}: its input file is gone",
+                "Put it back, or keep what was made of it with `input.on_change: reprocess`.",
+            )
+
+
+def _is_stamped(output: Folder, path: str) -> bool:
+    try:
+        return read_stamp(output, path) is not None
+    except InputError:
+        return False

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 from pipeline.attempts import ATTEMPTS
-from pipeline.parts import PARTS, Stamp, publish, result_fields
+from pipeline.parts import PARTS, Stamp, publish, republish, result_fields
 from pipeline.plan import Plan, ShardPlan
 from pipeline.records import Counts, Receipt
 from pipeline.storage import Folder
@@ -28,19 +28,20 @@ class Publisher:
         self._output = output
         self._fields = result_fields(column, task.output_type)
         self._run = run
-        self._shards = {shard.shard.name: shard for shard in plan.unpublished}
-        self._leftovers = [s.shard.name for s in plan.shards if s.has_leftover_parts]
-        self._missing = {name: shard.pending_rows for name, shard in self._shards.items()}
-        self._received: dict[str, set[int]] = {name: set() for name in self._shards}
+        self._shards = {shard.key: shard for shard in plan.unpublished}
+        self._leftovers = plan.leftovers
+        self._missing = {key: shard.pending_rows for key, shard in self._shards.items()}
+        self._received: dict[str, set[int]] = {key: set() for key in self._shards}
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="publish")
         self._publishing: list[Future[Counts]] = []
 
     def __enter__(self) -> Publisher:
-        for name in self._leftovers:
-            self._output.delete_folder(f"{PARTS}/{name}")
-        for name, missing in list(self._missing.items()):
+        for key in self._leftovers:
+            self._output.delete_folder(f"{PARTS}/{key}")
+            self._output.delete_folder(f"{ATTEMPTS}/{key}")
+        for key, missing in self._missing.items():
             if missing == 0:
-                self._publish(name)
+                self._publish(key)
         return self
 
     def __exit__(
@@ -51,6 +52,11 @@ class Publisher:
                 self._collect(wait(self._publishing, return_when=FIRST_COMPLETED).done)
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def missing_rows(self) -> int:
+        """That have no receipt yet."""
+        return sum(self._missing.values())
 
     def received(self, receipt: Receipt) -> None:
         """Count a committed unit, once; publish its shard if it was the last. Raises what went
@@ -69,22 +75,26 @@ class Publisher:
             self._publishing.remove(publishing)
             self.counts.add(publishing.result())
 
-    def _publish(self, name: str) -> None:
-        self._received[name].clear()
-        self._publishing.append(self._pool.submit(self._merge, self._shards[name]))
+    def _publish(self, key: str) -> None:
+        self._received[key].clear()
+        self._publishing.append(self._pool.submit(self._merge, self._shards[key]))
 
     def _merge(self, planned: ShardPlan) -> Counts:
         shard = planned.shard
         shard.check_unchanged()
-        stamp = Stamp(
-            identity=self._identity,
-            shard=shard.name,
-            fingerprint=shard.fingerprint,
-            start=0,
-            stop=shard.rows,
-            counts=Counts(),
-            run=self._run,
-        )
-        counts = publish(shard.source, shard.path, self._output, stamp, self._fields)
+        if shard.selected is not None:
+            counts = republish(self._output, shard.name, shard.selected, planned.key, self._run)
+        else:
+            stamp = Stamp(
+                identity=self._identity,
+                shard=shard.name,
+                fingerprint=shard.fingerprint,
+                start=0,
+                stop=shard.rows,
+                counts=Counts(),
+                run=self._run,
+            )
+            source, fields = shard.source, self._fields
+            counts = publish(source, shard.path, self._output, stamp, planned.key, fields)
         self._output.delete_folder(f"{ATTEMPTS}/{shard.name}")
         return counts

@@ -22,6 +22,7 @@ class Unit:
     """Rows [start, stop) of one shard: the atom of scheduling, commit and retry."""
 
     shard: str
+    """Its key, see `parts.key_of`."""
     start: int
     stop: int
 
@@ -85,6 +86,11 @@ class Output:
         return replace(self, usage=usage)
 
 
+def counted_as(status: str, reason: str) -> str:
+    """`status: code`, without the reason's detail."""
+    return f"{status}: {reason.partition(':')[0]}"
+
+
 @dataclass
 class Counts:
     """Rows by status, not-ok rows by reason code, and tokens; of a unit, a shard or a job."""
@@ -104,7 +110,7 @@ class Counts:
     def count(self, status: str, reason: str | None, usage: Usage) -> None:
         self.statuses[status] += 1
         if reason is not None:
-            self.reasons[f"{status}: {reason.partition(':')[0]}"] += 1
+            self.reasons[counted_as(status, reason)] += 1
         self.usage += usage
 
     def add(self, other: Counts) -> None:

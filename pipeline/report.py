@@ -38,6 +38,9 @@ def show_status(status: Status, console: Console) -> None:
     published = len(plan.shards) - len(plan.unpublished)
     table.add_row("files published", f"{published:,} of {len(plan.shards):,}")
     _add_counts(table, status.counts)
+    for reason, rows in status.examples.items():
+        where = ", ".join(f"{row.file} row {row.row:,}" for row in rows)
+        table.add_row("", escape(f"{reason.partition(': ')[2]}: for instance {where}"))
     if status.last_run:
         table.add_row("last run", f"{status.last_run['run']}, {status.last_run['seconds']:.0f} s")
     console.print(table)

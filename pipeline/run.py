@@ -17,20 +17,23 @@ from pipeline import __version__
 from pipeline.attempts import forget_journals
 from pipeline.config import JobConfig, identity_fields, identity_hash
 from pipeline.engine import check_engine
-from pipeline.errors import EXIT_TOO_MANY_NOT_OK, RefusedError
-from pipeline.lease import Lease
+from pipeline.errors import EXIT_TOO_MANY_NOT_OK, Interrupted, RefusedError, TooManyNotOkError
+from pipeline.lease import Lease, Watch
 from pipeline.logs import engines_lock, machine_folder, redirect_output, run_log
 from pipeline.model import resolve_model
-from pipeline.plan import Plan, find_shards, plan_shards
+from pipeline.plan import Plan, Retry, find_shards, plan_retry, plan_shards
 from pipeline.progress import Progress, shown
 from pipeline.publishing import Publisher
 from pipeline.ray_settings import apply_ray_settings, cluster_address
 from pipeline.reaper import wait_for_guards
 from pipeline.records import Counts
+from pipeline.signals import draining_first
 from pipeline.storage import Folder
 from pipeline.task import Task
 
 JOB_FILE = "_axbatch/job.json"
+SURE_AFTER_ROWS = 1_000
+"""A smaller job ends before it is worth stopping, and shows all that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,10 @@ class Summary:
         }
 
 
-def run_job(job: JobConfig, console: Console) -> Summary:
-    """Complete the job, or what is left of it. This process's stdout and stderr go to the run's
-    log from the first unit on; `console` must not depend on them.
+def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Summary:
+    """Complete the job, or what is left of it; or do again the rows that `retry` wants. This
+    process's stdout and stderr go to the run's log from the first unit on; `console` must not
+    depend on them.
 
     Raises:
         AxbatchError: see errors.py.
@@ -88,9 +92,15 @@ def run_job(job: JobConfig, console: Console) -> Summary:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     log = None
-    with Lease(output, run, say):
+    with Lease(output, run, say) as lease:
         check_identity(output, fields)
-        plan = plan_shards(shards, output, identity)
+        plan = plan_shards(shards, output, identity, job.input.on_change)
+        if retry:
+            if plan.unpublished:
+                say(f"{len(plan.unpublished):,} file(s) are not complete and stay as they are")
+            plan = plan_retry(plan, output, retry)
+            if not plan.shards:
+                say("no row is to be done again")
         progress = Progress(plan, job.cluster.range.max)
         with Publisher(plan, output, task, job.output.column, run) as publisher:
             if plan.unpublished:
@@ -102,7 +112,7 @@ def run_job(job: JobConfig, console: Console) -> Summary:
                 log = run_log(output, run)
                 redirect_output(log)
                 with shown(progress, console):
-                    _compute(job, plan, task, run, log, progress, publisher)
+                    _compute(job, plan, task, run, log, progress, publisher, lease)
     summary = Summary(
         run=run,
         output=output.url,
@@ -130,18 +140,27 @@ def _compute(
     log: Path,
     progress: Progress,
     publisher: Publisher,
+    lease: Lease,
 ) -> None:
+    # Rows that were not ok before may well be so again; that says nothing about the job.
+    limit = 1.0 if plan.is_retry else job.limits.max_failed_fraction
     # Ray takes a second to import, which a run with nothing to do needn't.
     apply_ray_settings(remote=cluster_address(job) is not None)
     from pipeline.cluster import ray_cluster, receipts
     from pipeline.worker import WorkerSpec
 
     try:
-        with ray_cluster(job) as share:
-            spec = WorkerSpec(job, plan.identity, run, log, share.cpus)
+        with ray_cluster(job) as share, draining_first(lease.drain, job.cluster.grace_s):
+            output = Folder(job.output.path)
+            watch = Watch(output, run)
+            spec = WorkerSpec(job, plan.identity, run, log, share.cpus, output, watch)
             for receipt in receipts(plan, task.columns, spec, share):
                 progress.add(receipt)
                 publisher.received(receipt)
+                check_hope(plan, progress.counts, limit)
+        if publisher.missing_rows:  # the run was told to drain
+            print(f"axbatch: drained: {publisher.missing_rows:,} rows are left to do", flush=True)
+            raise Interrupted
     finally:
         # Whoever comes next on this machine needs the memory that engines still hold.
         wait_for_guards(engines_lock(run))
@@ -172,6 +191,23 @@ def record_job(output: Folder, job: JobConfig, fields: dict[str, Any]) -> None:
     output.replace(JOB_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 
+def check_hope(plan: Plan, counts: Counts, max_failed_fraction: float) -> None:
+    """Raises TooManyNotOkError if, of SURE_AFTER_ROWS rows of this run or more, so many are not ok
+    that the whole job exceeds its limit already, or surely would: more than half of this run's."""
+    if counts.rows < SURE_AFTER_ROWS:
+        return
+    not_ok = plan.published_counts.not_ok + counts.not_ok
+    exceeded = not_ok > max_failed_fraction * plan.rows
+    if exceeded or counts.not_ok > max(0.5, max_failed_fraction) * counts.rows:
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in counts.reasons.most_common(3))
+        raise TooManyNotOkError(
+            f"stopped: {counts.not_ok:,} of this run's {counts.rows:,} rows are not ok "
+            f"({reasons}); "
+            f"limits.max_failed_fraction is {max_failed_fraction:g}",
+            "What is committed stays. To go on all the same: --set limits.max_failed_fraction=1",
+        )
+
+
 def exit_code(counts: Counts, job: JobConfig) -> int:
     """0 within `limits`, else 3."""
     allowed = job.limits.max_failed_fraction * counts.rows
@@ -186,7 +222,8 @@ def new_run_id() -> str:
 def _opening(plan: Plan) -> str:
     done = plan.rows - plan.pending_rows
     before = f", {done:,} rows done before" if done else ""
-    return f"{plan.pending_rows:,} rows to do in {len(plan.unpublished):,} file(s){before}"
+    again = " again" if plan.is_retry else ""
+    return f"{plan.pending_rows:,} rows to do{again} in {len(plan.unpublished):,} file(s){before}"
 
 
 def _short(value: Any) -> str:

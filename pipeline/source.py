@@ -6,6 +6,8 @@ one Arrow IPC message: files whose column types differ then need no common schem
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import Any
@@ -15,6 +17,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from pipeline.errors import AxbatchError, error_from_json
+from pipeline.lease import Watch
 from pipeline.parts import input_errors, open_parquet, read_batches
 from pipeline.plan import Plan, Shard, ShardPlan
 from pipeline.records import Unit
@@ -72,44 +75,57 @@ def decode_unit(block: pa.Table) -> tuple[Unit, str, pa.Table]:
 
 
 def read_units(
-    source: Folder, path: str, columns: list[str], units: Iterable[Unit]
+    source: Folder,
+    path: str,
+    columns: list[str],
+    units: Iterable[Unit],
+    selected: array[int] | None = None,
 ) -> Iterator[tuple[Unit, pa.Table]]:
     """Rows of each unit (ascending, disjoint), read as a stream; row groups without one of them
-    are skipped, and no more than a batch is held."""
+    are skipped, and no more than a batch is held. With `selected`, units count only these rows."""
     wanted = iter(units)
     unit = next(wanted, None)
     if unit is None:
         return
     with input_errors(f"{source.url}/{path}"), source.open(path) as file:
         parquet = open_parquet(file)
-        position = 0
+        row = 0  # of the file
         held: list[pa.RecordBatch] = []
         for group in range(parquet.num_row_groups):
             group_rows = parquet.metadata.row_group(group).num_rows
-            if unit is not None and unit.start >= position + group_rows:
-                position += group_rows
+            if unit.start >= _count(selected, row + group_rows):
+                row += group_rows
                 continue
             for batch in read_batches(parquet, f"{source.url}/{path}", [group], columns):
-                end = position + batch.num_rows
-                while unit is not None and unit.start < end:
-                    first = max(unit.start, position) - position
-                    last = min(unit.stop, end) - position
-                    held.append(batch.slice(first, last - first))
+                start, end = _count(selected, row), _count(selected, row + batch.num_rows)
+                counted = batch
+                if selected is not None:
+                    inside = [position - row for position in selected[start:end]]
+                    counted = batch.take(pa.array(inside, pa.int64()))
+                row += batch.num_rows
+                while unit.start < end:
+                    first, last = max(unit.start, start) - start, min(unit.stop, end) - start
+                    held.append(counted.slice(first, last - first))
                     if unit.stop > end:
                         break
                     yield unit, pa.Table.from_batches(held)
                     held, unit = [], next(wanted, None)
-                if unit is None:
-                    return
-                position = end
+                    if unit is None:
+                        return
+
+
+def _count(selected: array[int] | None, rows: int) -> int:
+    """How many of the file's first `rows` rows units count."""
+    return rows if selected is None else bisect_left(selected, rows)
 
 
 class UnitSource(Datasource):  # type: ignore[misc]  # ray is untyped here
-    """Pending units of a plan. One read task per shard, more for a very large one."""
+    """Pending units of a plan, until `watch` says stop. One read task per shard, more for a very
+    large one."""
 
-    def __init__(self, plan: Plan, columns: list[str]) -> None:
+    def __init__(self, plan: Plan, columns: list[str], watch: Watch) -> None:
         self._tasks = [
-            _read_task(shard.shard, columns, units)
+            _read_task(shard.shard, columns, units, watch)
             for shard in plan.shards
             for units in _task_units(shard)
         ]
@@ -126,21 +142,24 @@ class UnitSource(Datasource):  # type: ignore[misc]  # ray is untyped here
         return len(self._tasks)
 
 
-def _read_task(shard: Shard, columns: list[str], units: list[Unit]) -> ReadTask:
+def _read_task(shard: Shard, columns: list[str], units: list[Unit], watch: Watch) -> ReadTask:
     metadata = BlockMetadata(
         num_rows=len(units), size_bytes=None, input_files=[shard.path], exec_stats=None
     )
-    return ReadTask(_reader(shard, columns, units), metadata, schema=UNIT_SCHEMA)
+    return ReadTask(_reader(shard, columns, units, watch), metadata, schema=UNIT_SCHEMA)
 
 
 def _reader(
-    shard: Shard, columns: list[str], units: list[Unit]
+    shard: Shard, columns: list[str], units: list[Unit], watch: Watch
 ) -> Callable[[], Iterable[pa.Table]]:
     source, path, fingerprint = shard.source, shard.path, shard.fingerprint
+    selected = shard.selected
 
     def read() -> Iterator[pa.Table]:
         try:
-            for unit, rows in read_units(source, path, columns, units):
+            for unit, rows in read_units(source, path, columns, units, selected):
+                if watch.says_stop():
+                    return
                 yield encode_unit(unit, fingerprint, rows)
         except AxbatchError as error:
             yield encode_failure(error)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline.parts import part_path, parts_among, read_stamp
+from pipeline.parts import PARTS, name_of, not_ok_rows, part_path, parts_among, read_stamp
 from pipeline.plan import FOOTER_THREADS, Plan
 from pipeline.records import Counts, Unit
 from pipeline.storage import Folder
+
+EXAMPLES = 3
+
+
+class RowPosition(NamedTuple):
+    """Where a row is: its input file, and its number there, from 0."""
+
+    file: str
+    row: int
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,8 @@ class Status:
     plan: Plan
     counts: Counts
     """Of all committed rows, published or not."""
+    examples: dict[str, list[RowPosition]]
+    """By reason, as in `counts.reasons`: the first few rows that have it."""
     last_run: dict[str, Any] | None
     """The record of the last run that ended by itself."""
 
@@ -32,6 +46,14 @@ class Status:
             **self.plan.to_json(),
             "done": self.is_done,
             "committed": self.counts.to_json(),
+            "not_ok": [
+                {
+                    "reason": reason,
+                    "rows": count,
+                    "examples": [row._asdict() for row in self.examples.get(reason, [])],
+                }
+                for reason, count in self.counts.reasons.most_common()
+            ],
             "files": [
                 {
                     "name": shard.shard.name,
@@ -47,10 +69,8 @@ class Status:
 
 def read_status(plan: Plan, output: Folder) -> Status:
     """Add the counts of parts (their footers) and of published shards."""
-    counts = plan.published_counts
-    names = {shard.shard.name for shard in plan.unpublished}
-    committed = parts_among(output.list("_axbatch/parts"))
-    units = [unit for name, units in committed.items() if name in names for unit in units]
+    committed = parts_among(output.list(PARTS))
+    units = [unit for shard in plan.unpublished for unit in committed.get(shard.key, [])]
 
     def counts_of(unit: Unit) -> Counts:
         try:
@@ -59,10 +79,43 @@ def read_status(plan: Plan, output: Folder) -> Status:
             return Counts()  # published, and dropped, while we looked
         return stamp.counts if stamp else Counts()
 
+    files = [
+        _File(shard.shard.name, shard.shard.name, 0, shard.published.counts)
+        for shard in plan.shards
+        if shard.published
+    ]
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        for unit_counts in pool.map(counts_of, units):
-            counts.add(unit_counts)
-    return Status(plan, counts, _last_run(output))
+        for unit, unit_counts in zip(units, pool.map(counts_of, units), strict=True):
+            files.append(_File(part_path(unit), name_of(unit.shard), unit.start, unit_counts))
+    counts = Counts()
+    for file in files:
+        counts.add(file.counts)
+    return Status(plan, counts, _examples(files, output), _last_run(output))
+
+
+class _File(NamedTuple):
+    """A published file or a part, the input file it belongs to, and its first row there."""
+
+    path: str
+    name: str
+    start: int
+    counts: Counts
+
+
+def _examples(files: Sequence[_File], output: Folder) -> dict[str, list[RowPosition]]:
+    """Reads no more files than it needs to find EXAMPLES rows of each reason."""
+    found: defaultdict[str, list[RowPosition]] = defaultdict(list)
+    for file in files:
+        lacking = {reason for reason in file.counts.reasons if len(found[reason]) < EXAMPLES}
+        if not lacking:
+            continue
+        with suppress(FileNotFoundError):  # published, and dropped, while we looked
+            for row, reason in not_ok_rows(output, file.path):
+                if len(found[reason]) < EXAMPLES:
+                    found[reason].append(RowPosition(file.name, file.start + row))
+                    if all(len(found[reason]) == EXAMPLES for reason in lacking):
+                        break
+    return dict(found)
 
 
 def _last_run(output: Folder) -> dict[str, Any] | None:

@@ -27,6 +27,8 @@ from pipeline.errors import AxbatchError, InputError, JobFileError, StorageError
 MULTIPART_BYTES = 64 << 20
 """Size of one piece of a large upload; S3 allows 10,000 pieces, so a file may have 640 GB."""
 
+CHECK_ADDRESS = "Check the address (for S3: AWS_ENDPOINT_URL) and the network."
+
 
 @dataclass(frozen=True, order=True)
 class Entry:
@@ -43,15 +45,20 @@ class Entry:
 
 
 class Folder:
-    """A folder on local disk or an object store. Paths are relative to it, with `/`."""
+    """A folder on local disk or an object store. Paths are relative to it, with `/`.
 
-    def __init__(self, url: str) -> None:
+    `has_answered`: whether the store has answered before, so that it is worth waiting for.
+    """
+
+    def __init__(self, url: str, has_answered: bool = False) -> None:
         self.url = absolute_url(url)
         self.filesystem, self.root = filesystem_of(self.url)
         self.is_local = "file" in _protocols(self.filesystem)
+        if has_answered:
+            self.filesystem.has_answered = True
 
-    def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
-        return type(self), (self.url,)
+    def __reduce__(self) -> tuple[type[Folder], tuple[str, bool]]:
+        return type(self), (self.url, getattr(self.filesystem, "has_answered", False))
 
     def full(self, path: str) -> str:
         """The filesystem's own path of `path`. Raises StorageError if it leaves the folder."""
@@ -94,7 +101,7 @@ class Folder:
         with storage_errors(f"{self.url}/{path}"), _missing_folder(self.url):
             if self.is_local:
                 return self._link(path, data)
-            return self._put_if_absent(path, data)
+            return bool(self.filesystem.put_if_absent(self.full(path), data))
 
     def replace(self, path: str, data: bytes) -> None:
         """Write a whole file over what may be there; readers see the old or the new one."""
@@ -119,12 +126,11 @@ class Folder:
             )
             try:
                 yield sink
-                sink.close()
-                sink.commit()
+                sink.autocommit = True  # not before, or whoever closes it publishes half a file
+                sink.flush(force=True)  # all in one PUT, if it fits in one piece
             except BaseException:
-                # Leaving a `with` block would complete the upload: a truncated file, published.
+                sink.closed = True  # else its finaliser goes on with the upload
                 sink.discard()
-                sink.closed = True  # else its finaliser tries to flush the discarded upload
                 raise
 
     def delete(self, path: str) -> None:
@@ -167,20 +173,6 @@ class Folder:
         _sync_directory(final.parent)
         return True
 
-    def _put_if_absent(self, path: str, data: bytes) -> bool:
-        bucket, key, _ = self.filesystem.split_path(self.full(path))
-        try:
-            self.filesystem.call_s3(
-                "put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"
-            )
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if _is_precondition_failed(error):
-                return False
-            raise
-        return True
-
 
 def absolute_url(url: str) -> str:
     """A URL as it is; a local path absolute, without `~` and `..`."""
@@ -189,16 +181,19 @@ def absolute_url(url: str) -> str:
 
 def filesystem_of(url: str) -> tuple[Any, str]:
     """fsspec's filesystem for `url` and the path in it. Raises JobFileError if unknown."""
-    options: dict[str, Any] = {}
     if url.startswith(("s3://", "s3a://")):
+        from pipeline.s3 import PatientS3  # takes its time, which local paths needn't
+
         # A cached listing hides parts that other processes have committed meanwhile.
-        options = {"use_listings_cache": False}
+        filesystem = PatientS3(use_listings_cache=False)
+        path = filesystem._strip_protocol(url)
+        if not path:
+            raise JobFileError(f"{url}: names no bucket", "Give s3://BUCKET/PATH.")
+        return filesystem, path
     try:
-        filesystem, path = fsspec.core.url_to_fs(url, **options)
+        filesystem, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise JobFileError(f"{url}: {_short(error)}", "Known: local paths, s3://, hf://.") from None
-    if url.startswith(("s3://", "s3a://")) and not path:
-        raise JobFileError(f"{url}: names no bucket", "Give s3://BUCKET/PATH.")
     return filesystem, path
 
 
@@ -226,14 +221,14 @@ def storage_errors(url: str) -> Iterator[None]:
             f"{url}: access denied ({_short(error)})", "Check the credentials and their rights."
         ) from error
     except OSError as error:
-        hint = (
-            "Free some space, then run the same command again."
-            if error.errno == errno.ENOSPC
-            else ("Nothing half-written counts; run the same command again once storage is back.")
-        )
+        hint = "Nothing half-written counts; run the same command again once storage is back."
+        if error.errno == errno.ENOSPC:
+            hint = "Free some space, then run the same command again."
+        elif type(error).__module__.startswith("botocore"):
+            hint = CHECK_ADDRESS
         raise StorageError(f"{url}: {_short(error)}", hint) from error
     except Exception as error:
-        # botocore's errors share no base with OSError and are not importable without it.
+        # Most of botocore's errors share no base with OSError; none is importable without it.
         libraries = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "httpx")
         is_endpoint = isinstance(error, ValueError) and "endpoint" in str(error)
         if not (type(error).__module__.startswith(libraries) or is_endpoint):
@@ -242,7 +237,7 @@ def storage_errors(url: str) -> Iterator[None]:
         hint = (
             "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or an instance role."
             if is_credentials
-            else "Check the address (for S3: AWS_ENDPOINT_URL) and the network."
+            else CHECK_ADDRESS
         )
         raise StorageError(f"{url}: {_short(error)}", hint) from error
 
@@ -301,12 +296,6 @@ def _entry(path: str, info: dict[str, Any]) -> Entry:
 def _protocols(filesystem: Any) -> tuple[str, ...]:
     protocol = filesystem.protocol
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
-def _is_precondition_failed(error: OSError) -> bool:
-    # s3fs names the condition only if the server's reply does; Ceph and Swift answer plain 412.
-    response = getattr(error.__cause__, "response", None) or {}
-    return bool(response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412)
 
 
 def _short(error: BaseException) -> str:

@@ -38,6 +38,7 @@ from pipeline.errors import (
     StorageError,
     error_from_json,
 )
+from pipeline.lease import Watch
 from pipeline.logs import engines_lock, machine_folder, redirect_output, root_cause
 from pipeline.model import resolve_model
 from pipeline.parts import Stamp, commit_part, read_part_counts, result_table
@@ -46,6 +47,9 @@ from pipeline.records import Completion, Counts, Message, Output, Receipt, Row, 
 from pipeline.source import decode_unit
 from pipeline.storage import Folder
 from pipeline.tokens import RowText
+
+NOT_BEGUN = "null"
+"""In the place of a receipt: the run drains."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class WorkerSpec:
     log: Path
     cpus: int
     """CPU cores for an engine without GPU."""
+    output: Folder
+    """The driver's, which knows whether the store has answered before."""
+    watch: Watch
 
 
 class Worker:
@@ -69,7 +76,7 @@ class Worker:
         self._spec = spec
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._task = load_task(spec.job)
-        self._output = Folder(spec.job.output.path)
+        self._output = spec.output
         self._sampling = spec.job.sampling.body()
         self._turns = Turns()
         self._failure: AxbatchError | None = None
@@ -88,6 +95,8 @@ class Worker:
         try:
             if self._failure:
                 raise self._failure
+            if await asyncio.to_thread(self._spec.watch.says_stop):
+                return {"receipt": [NOT_BEGUN]}
             return {"receipt": [encode_receipt(await self._do_unit(block))]}
         except AxbatchError as error:
             return {"receipt": [error.to_json()]}
@@ -282,8 +291,11 @@ def encode_receipt(receipt: Receipt) -> str:
     })  # fmt: skip
 
 
-def decode_receipt(text: str) -> Receipt:
-    """The inverse of `encode_receipt`. Raises the AxbatchError that came in its place."""
+def decode_receipt(text: str) -> Receipt | None:
+    """The inverse of `encode_receipt`; None for a unit that was not begun. Raises the AxbatchError
+    that came in its place."""
+    if text == NOT_BEGUN:
+        return None
     fields = json.loads(text)
     if "error" in fields:
         raise error_from_json(text)

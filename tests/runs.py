@@ -68,7 +68,7 @@ class Job:
         rows = sum(pq.read_metadata(path).num_rows for path in published)
         for part in self.parts():
             # While a shard is being published it has both; its output file counts.
-            if part.parent.name not in {path.name for path in published}:
+            if part.parent.parent.name not in {path.name for path in published}:
                 start, stop = part.stem.split("-")
                 rows += int(stop) - int(start)
         return rows

@@ -63,7 +63,7 @@ class Shard:
 
     def publish(self, rows: int = ROWS) -> Counts:
         stamp = Stamp("job", SHARD, "1:a", 0, rows, Counts(), "run")
-        return publish(self.source, SHARD, self.output, stamp, FIELDS)
+        return publish(self.source, SHARD, self.output, stamp, SHARD, FIELDS)
 
     def published(self) -> pa.Table:
         return pq.read_table(Path(self.output.url) / SHARD)
@@ -184,7 +184,7 @@ def test_publishing_goes_on_where_a_driver_died_before_dropping_the_parts(shard:
 
 @pytest.mark.parametrize(
     ("origin", "message"),
-    [({"identity": "another"}, "another"), ({"fingerprint": "2:b"}, f"{SHARD} has changed")],
+    [({"identity": "another"}, "another"), ({"fingerprint": "2:b"}, "input file has changed")],
 )
 @pytest.mark.parametrize("start", [0, 20, 40])
 def test_part_of_another_job_or_input_is_refused_and_nothing_published(
@@ -205,7 +205,7 @@ def test_origin_is_the_same_only_if_identity_and_fingerprint_are() -> None:
     check_same_origin(made, "job", "1:a", "url")
     with pytest.raises(RefusedError, match="job2"):
         check_same_origin(made, "job2", "1:a", "url")
-    with pytest.raises(RefusedError, match=SHARD):
+    with pytest.raises(RefusedError, match="url: its input file has changed"):
         check_same_origin(made, "job", "1:b", "url")
 
 

@@ -1,5 +1,6 @@
 """The plan: from listings and footers alone it follows exactly what is left to do."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import JobConfig
 from pipeline.errors import AxbatchError, InputError, JobFileError, RefusedError
-from pipeline.parts import Stamp, part_path, publish, result_fields
+from pipeline.parts import Stamp, key_of, name_of, part_path, publish, result_fields
 from pipeline.plan import UNIT_BYTES, Plan, ShardPlan
 from pipeline.records import Counts, Unit
 from pipeline.storage import Folder
@@ -44,11 +45,11 @@ def publish_shard(job: JobConfig, plan: Plan, planned: ShardPlan) -> None:
     shard = planned.shard
     stamp = Stamp(plan.identity, shard.name, shard.fingerprint, 0, shard.rows, Counts(), "run")
     fields = result_fields("ko", pa.string())
-    publish(shard.source, shard.path, output_of(job), stamp, fields)
+    publish(shard.source, shard.path, output_of(job), stamp, planned.key, fields)
 
 
 def ranges_of(plan: Plan) -> list[tuple[str, int, int]]:
-    return [(u.shard, u.start, u.stop) for shard in plan.shards for u in shard.units()]
+    return [(name_of(u.shard), u.start, u.stop) for shard in plan.shards for u in shard.units()]
 
 
 def test_units_cover_every_row_once_on_a_grid(
@@ -93,7 +94,7 @@ def test_units_are_exactly_the_pending_rows_cut_on_the_grid(
     pending = sorted({(start, min(rows, start + n)) for start, n in cuts if start < rows})
     pending = [r for i, r in enumerate(pending) if i == 0 or r[0] >= max(p[1] for p in pending[:i])]
     shard: Any = type("Shard", (), {"rows_per_unit": size, "name": "a", "rows": rows})
-    planned = ShardPlan(shard, None, pending)
+    planned = ShardPlan(shard, "a/0", None, pending)
     units = list(planned.units())
     assert [row for unit in units for row in range(unit.start, unit.stop)] == [
         row for start, stop in pending for row in range(start, stop)
@@ -121,7 +122,7 @@ def test_resuming_gives_exactly_the_rest_whatever_was_committed(
     before = plan(first)
     units = [unit for shard in before.shards for unit in shard.units()]
     done = data.draw(st.sets(st.sampled_from(units)))
-    fingerprints = {shard.shard.name: shard.shard.fingerprint for shard in before.shards}
+    fingerprints = {shard.key: shard.shard.fingerprint for shard in before.shards}
     for unit in done:
         commit(output_of(first), unit, before.identity, fingerprints[unit.shard])
     same = plan(first)
@@ -181,8 +182,84 @@ def test_changed_input_is_refused_and_named(
     if published:
         publish_shard(config, made, made.shards[1])
     write_parquet(tmp_path / "in/sub/changed.parquet", texts(10))
-    with pytest.raises(RefusedError, match=r"sub/changed\.parquet has changed"):
+    with pytest.raises(RefusedError, match=r"sub/changed\.parquet.*: its input file has changed"):
         plan(config)
+
+
+def test_file_of_the_same_size_and_time_but_other_rows_is_refused(
+    tmp_path: Path, job: MakeJob, plan: MakePlan, write_parquet: Write, commit: Commit
+) -> None:
+    path = write_parquet(tmp_path / "in/a.parquet", {"text": ["one", "two"]})
+    before = path.stat()
+    config = job(tmp_path)
+    commit_all(config, plan(config), commit)
+    write_parquet(path, {"text": ["one", "six"]})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    with pytest.raises(RefusedError, match="same size, written again"):
+        plan(config)
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_reprocess_does_a_changed_file_again_and_no_other(
+    tmp_path: Path,
+    job: MakeJob,
+    plan: MakePlan,
+    write_parquet: Write,
+    commit: Commit,
+    published: bool,
+    interrupted: bool,
+) -> None:
+    for name in "ab":
+        write_parquet(tmp_path / f"in/{name}.parquet", texts(9))
+    config = job(tmp_path, input={"rows_per_unit": 4, "on_change": "reprocess"})
+    made = plan(config)
+    commit_all(config, made, commit)
+    publish_shard(config, made, made.shards[0])
+    if published:
+        publish_shard(config, made, made.shards[1])
+    write_parquet(tmp_path / "in/b.parquet", {"text": [f"new {n}" for n in range(5)]})
+
+    changed = plan(config)
+    assert ranges_of(changed) == [("b.parquet", 0, 4), ("b.parquet", 4, 5)]
+    assert changed.shards[1].leftovers == (() if published else (made.shards[1].key,))
+    if interrupted:
+        first = next(changed.shards[1].units())
+        commit(output_of(config), first, changed.identity, changed.shards[1].shard.fingerprint)
+        assert ranges_of(plan(config)) == [("b.parquet", 4, 5)]
+    commit_all(config, plan(config), commit)
+    publish_shard(config, changed, changed.shards[1])
+
+    assert plan(config).pending_rows == 0 and not plan(config).unpublished
+    rows = pq.read_table(tmp_path / "out/b.parquet")["text"].to_pylist()
+    assert rows == [f"new {n}" for n in range(5)]
+    assert not output_of(config).list("_axbatch/parts")
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_vanished_input_is_refused_and_kept_with_reprocess(
+    tmp_path: Path,
+    job: MakeJob,
+    plan: MakePlan,
+    write_parquet: Write,
+    commit: Commit,
+    published: bool,
+) -> None:
+    for name in ("here", "sub/gone"):
+        write_parquet(tmp_path / f"in/{name}.parquet", texts(9))
+    config = job(tmp_path)
+    made = plan(config)
+    commit_all(config, made, commit)
+    if published:
+        publish_shard(config, made, made.shards[1])
+    (tmp_path / "in/sub/gone.parquet").unlink()
+    with pytest.raises(RefusedError, match=r"sub/gone\.parquet: its input file is gone"):
+        plan(config)
+    before = output_of(config).list()
+    kept = plan(job(tmp_path, input={"on_change": "reprocess"}))
+    assert [shard.shard.name for shard in kept.shards] == ["here.parquet"]
+    assert output_of(config).list() == before
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -424,7 +501,8 @@ def test_part_outlives_a_plan_that_is_refused(
 ) -> None:
     write_parquet(tmp_path / "in/a.parquet", texts(9))
     config = job(tmp_path)
-    commit(output_of(config), Unit("a.parquet", 0, 9), "another", "1:a")
-    with pytest.raises(RefusedError):
+    unit = Unit(key_of("a.parquet", "another", "1:a"), 0, 9)
+    commit(output_of(config), unit, "another", "1:a")
+    with pytest.raises(RefusedError, match="identity another"):
         plan(config)
-    assert output_of(config).exists(part_path(Unit("a.parquet", 0, 9)))
+    assert output_of(config).exists(part_path(unit))

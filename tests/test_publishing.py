@@ -103,8 +103,9 @@ def test_parts_that_outlived_their_publishing_are_dropped(
     with running.publisher() as publisher:
         for receipt in running.receipts(0):
             publisher.received(receipt)
-    shard = running.plan.shards[0].shard
-    commit(running.output, Unit(shard.name, 0, 10), running.plan.identity, shard.fingerprint)
+    planned = running.plan.shards[0]
+    unit, fingerprint = Unit(planned.key, 0, 10), planned.shard.fingerprint
+    commit(running.output, unit, running.plan.identity, fingerprint)
     running.plan = plan(running.job)
     with running.publisher():
         pass

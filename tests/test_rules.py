@@ -36,6 +36,7 @@ LAYERS = [
         "pipeline.task",
         "pipeline.checks",
         "pipeline.storage",
+        "pipeline.s3",
     },
     {
         "pipeline.parts",

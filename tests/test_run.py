@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -11,6 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.errors import TooManyNotOkError
+from pipeline.records import Counts
+from pipeline.run import check_hope
 from tests.runs import Job
 
 pytestmark = pytest.mark.ray
@@ -134,3 +139,102 @@ def test_s3_to_s3(tmp_path: Path, s3_url: str) -> None:
     assert remote.run()["this_run"]["rows"] == 0
     assert remote.verify()["rows"] == 300
     assert not list(job.output.glob("*")), "nothing is written beside the bucket"
+
+
+@pytest.mark.parametrize(
+    ("rows", "not_ok", "limit", "stops"),
+    [
+        (999, 999, 0.01, False),
+        (1_000, 501, 0.01, True),
+        (1_000, 500, 0.01, False),
+        (5_000, 1_000, 0.01, False),
+        (5_000, 1_001, 0.01, True),
+        (5_000, 5_000, 1.0, False),
+        (5_000, 4_000, 0.8, False),
+    ],
+)
+def test_hopeless_job_is_stopped_and_no_other(
+    rows: int, not_ok: int, limit: float, stops: bool
+) -> None:
+    counts = Counts(Counter(ok=rows - not_ok, rejected=not_ok), Counter({"rejected: null": not_ok}))
+    plan: Any = SimpleNamespace(rows=100_000, published_counts=Counts())
+    if not stops:
+        check_hope(plan, counts, limit)
+        return
+    with pytest.raises(
+        TooManyNotOkError, match=f"{not_ok:,} of this run's {rows:,} rows"
+    ) as raised:
+        check_hope(plan, counts, limit)
+    assert raised.value.exit_code == 3
+
+
+def test_hopeless_run_ends_early_and_goes_on_with_another_limit(tmp_path: Path) -> None:
+    job = job_with_input(tmp_path, {**SLOW, "engine": {"seconds_per_request": 0.02}}, [])
+    job.write_input("a.parquet", pa.table({"en": pa.nulls(20_000, pa.string())}))
+    job.write_input("b.parquet", pa.table({"en": ["text"] * 20_000}))
+    run = job.start("run")
+    assert run.wait() == 3
+    assert "of this run's" in run.errors and "rejected: null" in run.errors
+    assert "--set limits.max_failed_fraction=1" in run.errors
+    done = job.rows_done()
+    assert 1_000 <= done < 40_000
+    summary = job.run("--set", "limits.max_failed_fraction=1")
+    assert summary["this_run"]["rows"] == 40_000 - done
+    assert job.verify()["statuses"] == {"ok": 20_000, "rejected": 20_000, "failed": 0}
+
+
+def test_second_run_is_refused_while_the_first_lives_and_leaves_it_alone(tmp_path: Path) -> None:
+    job = job_with_input(tmp_path, SLOW, [400])
+    first = job.start("run")
+    first.wait_for_rows(32)
+    second = job.start("run")
+    assert second.wait() == 4
+    assert "another run of this job is running" in second.errors
+    assert first.wait() == 0
+    assert job.verify()["rows"] == 400
+
+
+def test_run_takes_over_at_once_from_one_that_was_killed(tmp_path: Path) -> None:
+    job = job_with_input(tmp_path, SLOW, [400])
+    first = job.start("run")
+    first.wait_for_rows(32)
+    first.signal(signal.SIGKILL)
+    first.wait()
+    assert (job.output / "_axbatch/lease.json").exists()
+    assert job.run("--set", "model.engine={}")["job"]["rows"] == 400
+    assert not (job.output / "_axbatch/lease.json").exists()
+
+
+def test_sigterm_lets_what_has_begun_be_committed_and_begins_no_more(tmp_path: Path) -> None:
+    slow = {**ECHO, "engine": {"seconds_per_request": 1.0, "max_num_seqs": 8}}
+    job = Job(tmp_path, model=slow, input={"path": str(tmp_path / "in"), "rows_per_unit": 8})
+    job.write_input("a.parquet", pa.table({"en": [str(row) for row in range(400)]}))
+    run = job.start("run")
+    run.wait_for_rows(8)
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 130
+    assert "no unit begins any more" in run.printed
+    [log] = job.output.glob("_axbatch/logs/*.log")
+    done = job.rows_done()
+    assert f"drained: {400 - done} rows are left to do" in log.read_text()
+    assert 16 <= done < 400, "the units that had begun were committed"
+    assert job.run("--set", "model.engine={}")["this_run"]["rows"] == 400 - done
+    assert job.verify()["rows"] == 400
+
+
+def test_sigterm_gives_up_what_takes_longer_than_the_grace(tmp_path: Path) -> None:
+    slow = {**ECHO, "engine": {"seconds_per_completion_token": 0.1}}
+    job = Job(
+        tmp_path,
+        model=slow,
+        cluster={"grace_s": 0.1},
+        input={"path": str(tmp_path / "in"), "rows_per_unit": 8},
+        sampling={"max_tokens": 10_000},
+    )
+    job.write_input("a.parquet", pa.table({"en": ["word"] * 8 + ["word " * 5_000] * 8}))
+    run = job.start("run")
+    run.wait_for_rows(8)
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 130
+    assert job.rows_done() == 8
+    assert job.run("--set", "model.engine={}")["this_run"]["rows"] == 8

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +59,28 @@ def test_units_hold_exactly_their_rows_whatever_the_row_groups(
     for unit, rows in read:
         expected = TABLE.slice(unit.start, unit.rows).select(["id", "text", "kind"])
         assert rows.to_pylist() == expected.to_pylist()
+
+
+@given(st.data(), st.sets(st.integers(0, ROWS - 1), min_size=1), st.sampled_from([7, 1000, ROWS]))
+def test_units_of_selected_rows_hold_exactly_these(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_parquet: Write,
+    data: st.DataObject,
+    chosen: set[int],
+    group_rows: int,
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / f"groups-{group_rows}"
+    if not folder.exists():
+        write_parquet(folder / "a.parquet", TABLE, row_group_size=group_rows)
+    selected = array("q", sorted(chosen))
+    size = data.draw(st.integers(1, len(selected)))
+    starts = sorted(data.draw(st.sets(st.sampled_from(range(0, len(selected), size)))))
+    units = [Unit("a/0", start, min(len(selected), start + size)) for start in starts]
+    read = list(read_units(Folder(str(folder)), "a.parquet", ["id", "tags"], units, selected))
+    assert [unit for unit, _ in read] == units
+    for unit, rows in read:
+        assert rows["id"].to_pylist() == list(selected[unit.start : unit.stop])
+        assert rows["tags"].to_pylist() == [[str(n)] * (n % 3) for n in rows["id"].to_pylist()]
 
 
 @given(st.integers(0, ROWS - 1), st.integers(1, 50))

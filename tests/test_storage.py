@@ -14,6 +14,7 @@ import pytest
 
 import pipeline.storage
 from pipeline.errors import AxbatchError, InputError, StorageError
+from pipeline.s3 import PatientS3
 from pipeline.storage import Folder, find_files
 
 WRITERS = 24
@@ -292,14 +293,12 @@ def test_writing_to_a_missing_bucket_is_an_error_that_names_it(
 def test_refused_key_is_a_storage_error_that_says_so(
     s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import s3fs
-
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    s3fs.S3FileSystem.clear_instance_cache()
+    PatientS3.clear_instance_cache()
     try:
         folder = Folder(f"{s3_url}/refused")
         for act in (folder.list, lambda: folder.create("a", b"1")):
             with pytest.raises(StorageError, match="access denied"):
                 act()
     finally:
-        s3fs.S3FileSystem.clear_instance_cache()
+        PatientS3.clear_instance_cache()

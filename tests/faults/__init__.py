@@ -1,0 +1,1 @@
+"""Faults that are forced: see crash_points.py."""
