@@ -28,7 +28,7 @@ from pipeline.ray_settings import apply_ray_settings, cluster_address
 from pipeline.reaper import wait_for_guards
 from pipeline.records import Counts
 from pipeline.signals import draining_first
-from pipeline.storage import Folder
+from pipeline.storage import RACERS, Folder
 from pipeline.task import Task
 
 JOB_FILE = "_axbatch/job.json"
@@ -44,6 +44,8 @@ class Summary:
     output: str
     log: str | None
     """None if there was nothing to do."""
+    creates: str | None
+    """What the store makes of racing creates; None if there was nothing to do."""
     identity: str
     counts: Counts
     """Of all rows of the job."""
@@ -63,6 +65,7 @@ class Summary:
             "version": __version__,
             "output": self.output,
             "log": self.log,
+            "creates": self.creates,
             "identity": self.identity,
             "job": self.counts.to_json(),
             "this_run": self.run_counts.to_json(),
@@ -91,7 +94,7 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    log = None
+    log = creates = None
     with Lease(output, run, say) as lease:
         check_identity(output, fields)
         plan = plan_shards(shards, output, identity, job.input.on_change)
@@ -111,12 +114,15 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
                 check_engine(job.model)
                 log = run_log(output, run)
                 redirect_output(log)
+                output.sweep()
+                creates = describe_creates(output)
                 with shown(progress, console):
                     _compute(job, plan, task, run, log, progress, publisher, lease)
     summary = Summary(
         run=run,
         output=output.url,
         log=str(log) if log else None,
+        creates=creates,
         identity=identity,
         counts=publisher.counts,
         run_counts=progress.counts,
@@ -189,6 +195,15 @@ def record_job(output: Folder, job: JobConfig, fields: dict[str, Any]) -> None:
     """Write the identity and the resolved job file beside the output, where status finds them."""
     record = {"version": __version__, "identity": fields, "job": job.model_dump()}
     output.replace(JOB_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
+
+
+def describe_creates(output: Folder) -> str:
+    """See whether the store's creates are atomic, and say so in the log. The output is exact either
+    way: a part that is written twice is replaced by the same rows."""
+    won = output.winners_of_a_race()
+    creates = "atomic" if won == 1 else f"racing: {won} of {RACERS} writers of one file won"
+    print(f"axbatch: {output.url}: creates are {creates}", flush=True)
+    return creates
 
 
 def check_hope(plan: Plan, counts: Counts, max_failed_fraction: float) -> None:

@@ -16,6 +16,7 @@ import random
 import sys
 import time
 import uuid
+from datetime import datetime
 from itertools import count
 from typing import Any
 
@@ -27,6 +28,8 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from botocore.exceptions import HTTPClientError, IncompleteReadError
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 from fsspec.asyn import sync_wrapper
+
+from pipeline.signals import interrupted
 
 PATIENCE_S = 600.0
 FIRST_ANSWER_S = 5.0
@@ -96,7 +99,7 @@ class PatientS3(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs is untyped
                 # Abandoned pieces cost room, not rows: whoever clears up needn't wait for long.
                 is_patient = self.has_answered and method != "abort_multipart_upload"
                 left = began + (PATIENCE_S if is_patient else FIRST_ANSWER_S) - time.monotonic()
-                if left <= 0:
+                if left <= 0 or interrupted.is_set():
                     raise
                 if attempt == 0:
                     what = code_of(error) or error
@@ -145,6 +148,26 @@ class PatientS3(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs is untyped
         except FileNotFoundError:
             return False
         return bool(head.get("Metadata", {}).get(ATTEMPT) == attempt)
+
+    async def _abort_uploads(self, path: str, before: datetime) -> None:
+        """Give up all uploads below a folder that began before this time."""
+        bucket, key, _ = self.split_path(path)
+        page: dict[str, Any] = {"IsTruncated": True}
+        while page["IsTruncated"]:
+            page = await self._call_s3(
+                "list_multipart_uploads",
+                Bucket=bucket, Prefix=f"{key}/" if key else "",
+                KeyMarker=page.get("NextKeyMarker", ""),
+                UploadIdMarker=page.get("NextUploadIdMarker", ""),
+            )  # fmt: skip
+            for upload in page.get("Uploads", ()):
+                if upload["Initiated"] < before:
+                    await self._call_s3(
+                        "abort_multipart_upload",
+                        Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"],
+                    )  # fmt: skip
+
+    abort_uploads = sync_wrapper(_abort_uploads)
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         if mode == "wb":  # s3fs then gives this to each of the file's requests, see `_call_s3`

@@ -4,6 +4,7 @@ a machine goes, first leaves time for what is nearly done."""
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +13,9 @@ from typing import NoReturn
 from pipeline.errors import Interrupted
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+interrupted = threading.Event()
+"""Whether Interrupted has been raised: nothing is to be waited for any more."""
 
 
 def catch_signals() -> None:
@@ -44,4 +48,5 @@ def draining_first(drain: Callable[[], None], grace_s: float) -> Iterator[None]:
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     for handled in (*HANDLED, signal.SIGALRM):
         signal.signal(handled, signal.SIG_IGN)
+    interrupted.set()
     raise Interrupted

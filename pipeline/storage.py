@@ -14,8 +14,10 @@ import posixpath
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -26,6 +28,10 @@ from pipeline.errors import AxbatchError, InputError, JobFileError, StorageError
 
 MULTIPART_BYTES = 64 << 20
 """Size of one piece of a large upload; S3 allows 10,000 pieces, so a file may have 640 GB."""
+
+RACERS = 8
+LEFT_AFTER = timedelta(days=1)
+"""So long that no clock is that wrong, and no upload that slow."""
 
 CHECK_ADDRESS = "Check the address (for S3: AWS_ENDPOINT_URL) and the network."
 
@@ -132,6 +138,29 @@ class Folder:
                 sink.closed = True  # else its finaliser goes on with the upload
                 sink.discard()
                 raise
+
+    def winners_of_a_race(self) -> int:
+        """Of RACERS that create the same file at once, how many are told that they did. More than
+        one: the store's conditional writes race, and a second writer replaces the first one's
+        file by its own, whole by whole."""
+        path = f"_axbatch/tmp/race-{uuid.uuid4().hex}"
+        with ThreadPoolExecutor(RACERS) as pool:
+            won = sum(pool.map(lambda racer: self.create(path, b"%d" % racer), range(RACERS)))
+        self.delete(path)
+        return won
+
+    def sweep(self) -> None:
+        """Remove what writers left behind that died more than LEFT_AFTER ago: temporary files, and
+        on S3 the pieces of uploads, which cost money and are never listed."""
+        oldest = datetime.now(UTC) - LEFT_AFTER
+        with storage_errors(self.url):
+            if not self.is_local:
+                self.filesystem.abort_uploads(self.root, oldest)
+                return
+            for path in Path(self.full("_axbatch/tmp")).glob("*"):
+                with suppress(FileNotFoundError):
+                    if path.stat().st_mtime < oldest.timestamp():
+                        path.unlink()
 
     def delete(self, path: str) -> None:
         """Remove a file; fine if it is gone already."""

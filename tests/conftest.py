@@ -31,6 +31,7 @@ CPU_OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 64}
 """Options of vLLM engines in tests."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two cores hold one engine at a time, and one other Ray cluster beside it: each kind keeps to
     one worker of pytest-xdist. They take longest, so they start first."""

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import yaml
 
 TIMEOUT_S = 240
+NOT_PASSED = ("RAY_ADDRESS", "VLLM_")
+"""Environment variables that a run is not to have. An engine in this process has set VLLM's."""
 
 
 class Job:
@@ -87,11 +89,11 @@ class Run:
             stdin=subprocess.DEVNULL,
             stdout=self._out,
             stderr=self._err,
-            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            env={name: os.environ[name] for name in os.environ if not name.startswith(NOT_PASSED)},
         )
 
-    def wait(self) -> int:
-        return self._process.wait(TIMEOUT_S)
+    def wait(self, timeout_s: float = TIMEOUT_S) -> int:
+        return self._process.wait(timeout_s)
 
     def wait_for_rows(self, count: int) -> None:
         """Return once so many rows are committed, by this or an earlier run."""

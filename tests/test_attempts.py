@@ -30,6 +30,7 @@ from pipeline.attempts import (
 from pipeline.engine import EngineGone
 from pipeline.engine.echo import EchoEngine
 from pipeline.errors import EngineError
+from pipeline.lease import Watch
 from pipeline.parts import missing_ranges, parts_among
 from pipeline.records import Completion, Counts, Receipt, Unit
 from pipeline.source import encode_unit
@@ -126,7 +127,9 @@ def test_only_the_rows_that_kill_engines_fail(
     monkeypatch.setattr(worker, "start_engine", lambda model, cpus, silence: Fragile(model))
     log = tmp_path / "log"
     log.touch()
-    spec = WorkerSpec(make_job(tmp_path), "identity", "run", log, cpus=1)
+    output = Folder(str(tmp_path / "out"))
+    watch = Watch(output, "run")
+    spec = WorkerSpec(make_job(tmp_path), "identity", "run", log, 1, output, watch)
     texts = [f"poison {i}" if i in poison else f"text {i}" for i in range(256)]
     units = [Unit("in.parquet", start, start + 64) for start in range(0, 256, 64)]
     blocks = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from pipeline import lease
 from pipeline.errors import Interrupted, RefusedError
-from pipeline.lease import LEASE, Holder, Lease, read_holder
+from pipeline.lease import LEASE, Holder, Lease, Watch, read_holder
 from pipeline.storage import Folder
 
 HOLD = """
@@ -117,13 +118,13 @@ def test_replaced_holder_stops_and_leaves_the_lease_to_its_successor(tmp_path: P
         stopped.set()
         raise Interrupted
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         with pytest.raises(RefusedError, match="took over"), Lease(tmp(tmp_path), "first"):
             write(tmp(tmp_path), elsewhere("second"))
             stopped.wait(30)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before)
     assert stopped.is_set()
     assert read_holder(tmp(tmp_path)) == elsewhere("second")
 
@@ -134,6 +135,22 @@ def test_holder_beats(tmp_path: Path) -> None:
         while (holder := read_holder(tmp(tmp_path))) and holder.beat < 3:
             deadline.wait(0.01)
     assert holder == replace(Holder.here("first"), beat=holder.beat if holder else 0)
+
+
+def test_workers_are_told_to_stop_once_their_run_drains_or_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_S", -1.0)
+    output = tmp(tmp_path)
+    mine, before = Watch(output, "first"), Watch(output, "before")
+    assert not mine.says_stop(), "no lease is no reason"
+    with Lease(output, "first") as held:
+        assert not mine.says_stop()
+        assert before.says_stop()
+        held.drain()
+        waiting = threading.Event()
+        while not pickle.loads(pickle.dumps(mine)).says_stop():
+            waiting.wait(0.01)
 
 
 def tmp(path: Path) -> Folder:

@@ -61,12 +61,13 @@ ONLY_HERE = {
     "torch": set(),
     "datasets": {"pipeline/staging.py"},
     "openai": {"pipeline/engine/http.py"},
+    "s3fs": {"pipeline/s3.py"},
 }
 """Heavy packages, each behind one door."""
 
 NOT_FOR_JOBS = re.compile(
     r"(ray|vllm|torch|datasets|openai|fsspec|s3fs)(\.|$)"
-    r"|pipeline\.(storage|parts|plan|run|staging|source|worker|cluster|publishing|engine)(\.|$)"
+    r"|pipeline\.(storage|s3|parts|plan|run|staging|source|worker|cluster|publishing|engine)(\.|$)"
 )
 
 CATCH_ALL = {

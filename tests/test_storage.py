@@ -1,9 +1,11 @@
 """Storage: a file is there whole or not at all, and the first writer wins; on disk and on S3."""
 
+import os
 import pickle
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -302,3 +304,39 @@ def test_refused_key_is_a_storage_error_that_says_so(
                 act()
     finally:
         PatientS3.clear_instance_cache()
+
+
+def test_one_of_many_racing_writers_wins(folder: Folder) -> None:
+    assert folder.winners_of_a_race() == 1
+    assert not folder.list()
+
+
+def test_sweep_removes_what_was_left_long_ago_and_nothing_else(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    names = ["_axbatch/tmp/old", "_axbatch/tmp/new", "_axbatch/parts/a/old", "old"]
+    for name in names:
+        folder.create(name, b"1")
+    for name in names:
+        if name.endswith("old"):
+            os.utime(tmp_path / name, (0, 0))
+    folder.sweep()
+    assert {entry.path for entry in folder.list()} == {*names} - {"_axbatch/tmp/old"}
+
+
+def test_sweep_gives_up_old_uploads_to_s3_and_no_others(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, beside = Folder(f"{s3_url}/sweep"), Folder(f"{s3_url}/sweep-not")
+    for each in (folder, beside):
+        bucket, key, _ = each.filesystem.split_path(each.full("a"))
+        each.filesystem.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+
+    def left() -> int:
+        found = folder.filesystem.call_s3("list_multipart_uploads", Bucket=bucket)
+        return sum("sweep" in upload["Key"] for upload in found.get("Uploads", ()))
+
+    folder.sweep()
+    assert left() == 2, "they are new"
+    monkeypatch.setattr(pipeline.storage, "LEFT_AFTER", timedelta(days=-1))
+    folder.sweep()
+    assert left() == 1, "the one beside is not ours"
