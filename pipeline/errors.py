@@ -3,6 +3,7 @@
 AxbatchError
 ├── JobFileError        the job file or the arguments are wrong              exit 2
 ├── InputError          the input is missing, unreadable or unsuitable       exit 2
+│   └── NoSuchFileError a file that was there when it was listed is gone
 ├── ModelError          the model folder or its options are wrong            exit 2
 ├── RefusedError        changed identity or input, or another run is active  exit 4
 ├── StorageError        storage refused or did not answer                    exit 1
@@ -59,6 +60,10 @@ class InputError(AxbatchError):
     """The input is missing, unreadable, or lacks what the task needs."""
 
     exit_code = 2
+
+
+class NoSuchFileError(InputError):
+    """A file that was there when it was listed is gone."""
 
 
 class ModelError(AxbatchError):

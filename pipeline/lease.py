@@ -97,6 +97,9 @@ class Lease:
         self._released = True
         self._due.set()
         self._beating.join()
+        holder = read_holder(self._output)
+        if holder and holder.run != self._own.run:
+            self._replaced_by = holder
         if self._replaced_by is None:
             self._output.delete(LEASE)
         elif isinstance(error, Interrupted):

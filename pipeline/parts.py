@@ -32,7 +32,7 @@ import json
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import IO
@@ -41,7 +41,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import InputError, RefusedError, StorageError
+from pipeline.errors import InputError, NoSuchFileError, RefusedError, StorageError
 from pipeline.records import Counts, Output, Unit, Usage, counted_as
 from pipeline.storage import Entry, Folder
 
@@ -187,11 +187,13 @@ def publish(
     stamp: Stamp,
     key: str,
     fields: Sequence[pa.Field],
+    check_unchanged: Callable[[], None],
 ) -> Counts:
     """Merge a complete shard's input and the parts of `key` into its output file, then drop the
     parts.
 
     `stamp` covers the whole shard; its counts are ignored and computed here, from the rows.
+    `check_unchanged` raises RefusedError if the input is not what the parts were made from.
     Memory: about one row group, whatever the size of the shard.
 
     Raises:
@@ -216,6 +218,7 @@ def publish(
                 taken = results.take(batch.num_rows)
                 yield pa.table([*batch.columns, *taken.columns], schema=schema)
             results.finish()
+            check_unchanged()
 
         counts = _write_shard(output, stamp, schema, tables())
     output.delete_folder(f"{PARTS}/{stamp.shard}")
@@ -349,7 +352,7 @@ def input_errors(url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"{url}: no such file") from error
+        raise NoSuchFileError(f"{url}: no such file") from error
     except (pa.ArrowException, OSError) as error:
         # Arrow reports damaged pages and headers as OSError too, without an errno.
         if isinstance(error, OSError) and error.errno is not None:
@@ -437,6 +440,7 @@ def _difference(before: str, now: str) -> str:
 
 def count_rows(results: pa.Table, counts: Counts) -> None:
     """Add the statuses, reasons and usage of a table with the result columns to `counts`."""
+    results = results.select(STATUS_COLUMNS)
     for entry in results["_status"].value_counts().to_pylist():
         counts.statuses[entry["values"]] += entry["counts"]
     not_ok = results.filter(pc.is_valid(results["_reason"]))

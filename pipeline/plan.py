@@ -6,15 +6,17 @@ import hashlib
 import os
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.config import InputConfig, JobConfig, OnChange
-from pipeline.errors import InputError, RefusedError
+from pipeline.errors import InputError, NoSuchFileError, RefusedError
 from pipeline.parts import (
     PARTS,
     STATUS_COLUMNS,
@@ -44,7 +46,7 @@ UNIT_BYTES = 1 << 20
 FOOTER_END = 8
 """Bytes after a Parquet footer: its length, and PAR1."""
 
-OWN_FOLDER = "_axbatch/"
+OWN_FOLDER = "_axbatch"
 RAY_PICKLED = "ray.data.arrow_pickled_object"
 
 
@@ -69,7 +71,7 @@ class Shard:
     def check_unchanged(self) -> None:
         """Raises RefusedError if the input file was replaced since it was planned."""
         if self.path.startswith(STAGED):
-            return  # its fingerprint is that of the file it was staged from
+            return  # a staged file is never written over
         with input_errors(f"{self.source.url}/{self.path}"):
             now = self.source.entry(self.path).fingerprint
         if not self.fingerprint.startswith(f"{now}:"):
@@ -194,7 +196,7 @@ def plan_shards(
     keys: defaultdict[str, list[str]] = defaultdict(list)
     for key in parts:
         keys[name_of(key)].append(key)
-    made = {entry.path for entry in entries if not entry.path.startswith(OWN_FOLDER)}
+    made = {entry.path for entry in entries if OWN_FOLDER not in entry.path.split("/")}
 
     def state(shard: Shard) -> ShardPlan:
         key = key_of(shard.name, identity, shard.fingerprint)
@@ -208,14 +210,17 @@ def plan_shards(
             # One part speaks for all of its key, as their key says where they come from.
             path = part_path(parts[other][0])
             url = f"{output.url}/{path}"
-            _check_origin(read_stamp(output, path), shard, identity, url, on_change)
+            with suppress(NoSuchFileError):  # published, and dropped, while we looked
+                _check_origin(read_stamp(output, path), shard, identity, url, on_change)
         pending = missing_ranges(shard.rows, parts.get(key, []))
         return ShardPlan(shard, key, None, pending, leftovers)
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         states = list(pool.map(state, shards))
-    if on_change == "refuse":
-        _refuse_vanished({*made, *keys} - {shard.name for shard in shards}, keys, output)
+        if on_change == "refuse":
+            others = sorted({*made, *keys} - {shard.name for shard in shards})
+            was_made = pool.map(lambda name: name in keys or _is_of(identity, name, output), others)
+            _refuse_vanished(compress(others, was_made), output)
     return Plan(identity, states, leftovers=[key for each in states for key in each.leftovers])
 
 
@@ -414,19 +419,21 @@ def _check_origin(
     return not changed
 
 
-def _refuse_vanished(names: Iterable[str], keys: Mapping[str, list[str]], output: Folder) -> None:
-    """Raises RefusedError for what was made from an input file that is gone. Files of others,
-    which nothing was made from, may lie in the output folder."""
-    for name in sorted(names):
-        if name in keys or (suffix_of(name) == ".parquet" and _is_stamped(output, name)):
-            raise RefusedError(
-                f"{output.url}/{name}: its input file is gone",
-                "Put it back, or keep what was made of it with `input.on_change: reprocess`.",
-            )
+def _refuse_vanished(names: Iterable[str], output: Folder) -> None:
+    """Raises RefusedError for the first of these outputs, whose input files are gone."""
+    for name in names:
+        raise RefusedError(
+            f"{output.url}/{name}: its input file is not among the input any more",
+            "Put it back, or keep what was made of it with `input.on_change: reprocess`.",
+        )
 
 
-def _is_stamped(output: Folder, path: str) -> bool:
+def _is_of(identity: str, name: str, output: Folder) -> bool:
+    """Whether this job published the file. Others' files may lie in the output folder."""
+    if suffix_of(name) != ".parquet":
+        return False
     try:
-        return read_stamp(output, path) is not None
+        stamp = read_stamp(output, name)
     except InputError:
         return False
+    return stamp is not None and (stamp.shard, stamp.identity) == (name, identity)

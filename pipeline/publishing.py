@@ -31,6 +31,8 @@ class Publisher:
         self._shards = {shard.key: shard for shard in plan.unpublished}
         self._leftovers = plan.leftovers
         self._missing = {key: shard.pending_rows for key, shard in self._shards.items()}
+        self.missing_rows = plan.pending_rows
+        """That have no receipt yet."""
         self._received: dict[str, set[int]] = {key: set() for key in self._shards}
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="publish")
         self._publishing: list[Future[Counts]] = []
@@ -53,11 +55,6 @@ class Publisher:
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    @property
-    def missing_rows(self) -> int:
-        """That have no receipt yet."""
-        return sum(self._missing.values())
-
     def received(self, receipt: Receipt) -> None:
         """Count a committed unit, once; publish its shard if it was the last. Raises what went
         wrong with a shard before: engines must not work on for an output that can't be written."""
@@ -67,6 +64,7 @@ class Publisher:
             return
         self._received[unit.shard].add(unit.start)
         self._missing[unit.shard] -= unit.rows
+        self.missing_rows -= unit.rows
         if self._missing[unit.shard] == 0:
             self._publish(unit.shard)
 
@@ -81,7 +79,6 @@ class Publisher:
 
     def _merge(self, planned: ShardPlan) -> Counts:
         shard = planned.shard
-        shard.check_unchanged()
         if shard.selected is not None:
             counts = republish(self._output, shard.name, shard.selected, planned.key, self._run)
         else:
@@ -94,7 +91,14 @@ class Publisher:
                 counts=Counts(),
                 run=self._run,
             )
-            source, fields = shard.source, self._fields
-            counts = publish(source, shard.path, self._output, stamp, planned.key, fields)
+            counts = publish(
+                shard.source,
+                shard.path,
+                self._output,
+                stamp,
+                planned.key,
+                self._fields,
+                shard.check_unchanged,
+            )
         self._output.delete_folder(f"{ATTEMPTS}/{shard.name}")
         return counts

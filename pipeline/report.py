@@ -73,9 +73,10 @@ def show_examples(
     table = Table(show_lines=True, title_justify="left")
     for name in (*columns, column, "_status"):
         table.add_column(name, overflow="fold")
-    per_shard = -(-EXAMPLES // max(1, len(plan.shards)))
+    published = [shard for shard in plan.shards if shard.published]
+    per_shard = -(-EXAMPLES // max(1, len(published)))
     shown = 0
-    for shard in plan.shards:
+    for shard in published:
         with output.open(shard.shard.name) as file:
             names = [*columns, column, "_status"]
             first: pa.RecordBatch | None = next(

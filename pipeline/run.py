@@ -17,7 +17,14 @@ from pipeline import __version__
 from pipeline.attempts import forget_journals
 from pipeline.config import JobConfig, identity_fields, identity_hash
 from pipeline.engine import check_engine
-from pipeline.errors import EXIT_TOO_MANY_NOT_OK, Interrupted, RefusedError, TooManyNotOkError
+from pipeline.errors import (
+    EXIT_TOO_MANY_NOT_OK,
+    ClusterError,
+    Interrupted,
+    RefusedError,
+    StorageError,
+    TooManyNotOkError,
+)
 from pipeline.lease import Lease, Watch
 from pipeline.logs import engines_lock, machine_folder, redirect_output, run_log
 from pipeline.model import resolve_model
@@ -103,7 +110,8 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
                 say(f"{len(plan.unpublished):,} file(s) are not complete and stay as they are")
             plan = plan_retry(plan, output, retry)
             if not plan.shards:
-                say("no row is to be done again")
+                reasons = ", ".join(f"{why} {n:,}" for why, n in plan.untouched.reasons.items())
+                say(f"no row is to be done again (not ok are: {reasons or 'none'})")
         progress = Progress(plan, job.cluster.range.max)
         with Publisher(plan, output, task, job.output.column, run) as publisher:
             if plan.unpublished:
@@ -114,7 +122,7 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
                 check_engine(job.model)
                 log = run_log(output, run)
                 redirect_output(log)
-                output.sweep()
+                sweep(output, plan)
                 creates = describe_creates(output)
                 with shown(progress, console):
                     _compute(job, plan, task, run, log, progress, publisher, lease)
@@ -148,8 +156,7 @@ def _compute(
     publisher: Publisher,
     lease: Lease,
 ) -> None:
-    # Rows that were not ok before may well be so again; that says nothing about the job.
-    limit = 1.0 if plan.is_retry else job.limits.max_failed_fraction
+    not_ok_before = plan.published_counts.not_ok
     # Ray takes a second to import, which a run with nothing to do needn't.
     apply_ray_settings(remote=cluster_address(job) is not None)
     from pipeline.cluster import ray_cluster, receipts
@@ -163,8 +170,13 @@ def _compute(
             for receipt in receipts(plan, task.columns, spec, share):
                 progress.add(receipt)
                 publisher.received(receipt)
-                check_hope(plan, progress.counts, limit)
-        if publisher.missing_rows:  # the run was told to drain
+                # Rows to retry may well be not ok again; that says nothing about the job.
+                if publisher.missing_rows and not plan.is_retry:
+                    limit = job.limits.max_failed_fraction
+                    check_hope(progress.counts, not_ok_before, progress.rows, limit)
+        if publisher.missing_rows:
+            if not watch.says_stop():
+                raise ClusterError(f"Ray gave up {publisher.missing_rows:,} rows without a reason")
             print(f"axbatch: drained: {publisher.missing_rows:,} rows are left to do", flush=True)
             raise Interrupted
     finally:
@@ -197,6 +209,14 @@ def record_job(output: Folder, job: JobConfig, fields: dict[str, Any]) -> None:
     output.replace(JOB_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 
+def sweep(output: Folder, plan: Plan) -> None:
+    """Clear away what dead writers left. Not all who may write may do that; then it stays."""
+    try:
+        output.sweep({shard.shard.name for shard in plan.shards})
+    except StorageError as error:
+        print(f"axbatch: what dead writers left is not cleared away: {error}", flush=True)
+
+
 def describe_creates(output: Folder) -> str:
     """See whether the store's creates are atomic, and say so in the log. The output is exact either
     way: a part that is written twice is replaced by the same rows."""
@@ -206,13 +226,13 @@ def describe_creates(output: Folder) -> str:
     return creates
 
 
-def check_hope(plan: Plan, counts: Counts, max_failed_fraction: float) -> None:
-    """Raises TooManyNotOkError if, of SURE_AFTER_ROWS rows of this run or more, so many are not ok
-    that the whole job exceeds its limit already, or surely would: more than half of this run's."""
+def check_hope(counts: Counts, not_ok_before: int, rows: int, max_failed_fraction: float) -> None:
+    """Raises TooManyNotOkError if, after SURE_AFTER_ROWS rows of this run or more, so many are not
+    ok, published ones included, that the job exceeds its limit already; or surely would, as they
+    are more than half of this run's. `counts` are this run's, `rows` the job's."""
     if counts.rows < SURE_AFTER_ROWS:
         return
-    not_ok = plan.published_counts.not_ok + counts.not_ok
-    exceeded = not_ok > max_failed_fraction * plan.rows
+    exceeded = not_ok_before + counts.not_ok > max_failed_fraction * rows
     if exceeded or counts.not_ok > max(0.5, max_failed_fraction) * counts.rows:
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in counts.reasons.most_common(3))
         raise TooManyNotOkError(

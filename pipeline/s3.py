@@ -16,6 +16,7 @@ import random
 import sys
 import time
 import uuid
+from collections.abc import Collection
 from datetime import datetime
 from itertools import count
 from typing import Any
@@ -149,19 +150,23 @@ class PatientS3(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs is untyped
             return False
         return bool(head.get("Metadata", {}).get(ATTEMPT) == attempt)
 
-    async def _abort_uploads(self, path: str, before: datetime) -> None:
-        """Give up all uploads below a folder that began before this time."""
+    async def _abort_uploads(self, path: str, own: Collection[str], before: datetime) -> None:
+        """Give up the uploads below a folder that began before this time, to `own` files or below
+        `_axbatch`."""
         bucket, key, _ = self.split_path(path)
+        prefix = f"{key}/" if key else ""
         page: dict[str, Any] = {"IsTruncated": True}
         while page["IsTruncated"]:
             page = await self._call_s3(
                 "list_multipart_uploads",
-                Bucket=bucket, Prefix=f"{key}/" if key else "",
+                Bucket=bucket, Prefix=prefix,
                 KeyMarker=page.get("NextKeyMarker", ""),
                 UploadIdMarker=page.get("NextUploadIdMarker", ""),
             )  # fmt: skip
             for upload in page.get("Uploads", ()):
-                if upload["Initiated"] < before:
+                name = upload["Key"].removeprefix(prefix)
+                is_own = name in own or name.startswith("_axbatch/")
+                if is_own and upload["Initiated"] < before:
                     await self._call_s3(
                         "abort_multipart_upload",
                         Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"],

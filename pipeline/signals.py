@@ -33,7 +33,7 @@ def draining_first(drain: Callable[[], None], grace_s: float) -> Iterator[None]:
     def on_terminate(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGALRM, _interrupt)
-        signal.setitimer(signal.ITIMER_REAL, grace_s)
+        signal.setitimer(signal.ITIMER_REAL, max(grace_s, 0.001))  # 0 would be never
         drain()
 
     signal.signal(signal.SIGTERM, on_terminate)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from pipeline.errors import AxbatchError, error_from_json
+from pipeline.errors import AxbatchError, InputError, error_from_json
 from pipeline.lease import Watch
 from pipeline.parts import input_errors, open_parquet, read_batches
 from pipeline.plan import Plan, Shard, ShardPlan
@@ -112,6 +112,10 @@ def read_units(
                     held, unit = [], next(wanted, None)
                     if unit is None:
                         return
+    raise InputError(
+        f"{source.url}/{path}: ends before row {unit.stop:,}, which was planned",
+        "Run again once nothing writes to the input any more.",
+    )
 
 
 def _count(selected: array[int] | None, rows: int) -> int:
@@ -158,6 +162,7 @@ def _reader(
     def read() -> Iterator[pa.Table]:
         try:
             for unit, rows in read_units(source, path, columns, units, selected):
+                shard.check_unchanged()  # now, as it would be committed for the version planned
                 if watch.says_stop():
                     return
                 yield encode_unit(unit, fingerprint, rows)

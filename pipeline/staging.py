@@ -1,9 +1,9 @@
 """Inputs that are not Parquet, staged to Parquet once, by the `datasets` library.
 
-    <output>/_axbatch/staged/<name>.parquet      one per source file, or one per dataset
+    <output>/_axbatch/staged/<version>/<name>.parquet      one per source file, or one per dataset
 
-The footer holds the source's fingerprint; a source that changed later is refused by the plan like
-any other changed input.
+The footer holds the source's fingerprint, and the path its hash: a source that changed is staged
+anew, beside what a job may still read, and refused by the plan like any other changed input.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def stage_file(source: Folder, entry: Entry, output: Folder) -> Entry:
     """Stage one JSONL, CSV or text file. Returns the staged file's entry, below `output`, with
     the source's tag. Raises InputError if `datasets` can't read the file."""
     url = f"{source.url}/{entry.path}"
-    target = f"{STAGED}/{staged_name(entry.path)}"
+    target = f"{STAGED}/{_hash(entry.fingerprint)}/{staged_name(entry.path)}"
 
     def load(cache: str) -> Any:
         import datasets
@@ -66,9 +66,9 @@ def stage_dataset(config: InputConfig, output: Folder) -> Entry:
     """Stage a `datasets` id or dataset folder. Raises InputError if it can't be loaded."""
     assert config.dataset is not None
     name = config.dataset.rstrip("/").rpartition("/")[2]
-    target = f"{STAGED}/{name}-{config.split}.parquet"
     # A dataset has no size or time to go by; its full name tells it from others of this one.
-    tag = hashlib.sha256(repr((config.dataset, config.subset, config.split)).encode()).hexdigest()
+    tag = _hash(repr((config.dataset, config.subset, config.split)))
+    target = f"{STAGED}/{tag}/{name}-{config.split}.parquet"
 
     def load(cache: str) -> Any:
         import datasets
@@ -77,7 +77,11 @@ def stage_dataset(config: InputConfig, output: Folder) -> Entry:
             config.dataset, config.subset, split=config.split, cache_dir=cache
         )
 
-    return _stage(output, target, f"dataset {config.dataset}", f"0:{tag[:16]}", load)
+    return _stage(output, target, f"dataset {config.dataset}", f"0:{tag}", load)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _stage(

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pipeline.errors import NoSuchFileError
 from pipeline.parts import PARTS, name_of, not_ok_rows, part_path, parts_among, read_stamp
 from pipeline.plan import FOOTER_THREADS, Plan
 from pipeline.records import Counts, Unit
@@ -75,7 +76,7 @@ def read_status(plan: Plan, output: Folder) -> Status:
     def counts_of(unit: Unit) -> Counts:
         try:
             stamp = read_stamp(output, part_path(unit))
-        except FileNotFoundError:
+        except NoSuchFileError:
             return Counts()  # published, and dropped, while we looked
         return stamp.counts if stamp else Counts()
 
@@ -109,7 +110,7 @@ def _examples(files: Sequence[_File], output: Folder) -> dict[str, list[RowPosit
         lacking = {reason for reason in file.counts.reasons if len(found[reason]) < EXAMPLES}
         if not lacking:
             continue
-        with suppress(FileNotFoundError):  # published, and dropped, while we looked
+        with suppress(NoSuchFileError):  # published, and dropped, while we looked
             for row, reason in not_ok_rows(output, file.path):
                 if len(found[reason]) < EXAMPLES:
                     found[reason].append(RowPosition(file.name, file.start + row))

@@ -13,7 +13,7 @@ import os
 import posixpath
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -149,13 +149,14 @@ class Folder:
         self.delete(path)
         return won
 
-    def sweep(self) -> None:
+    def sweep(self, own: Collection[str]) -> None:
         """Remove what writers left behind that died more than LEFT_AFTER ago: temporary files, and
-        on S3 the pieces of uploads, which cost money and are never listed."""
+        on S3 the pieces of uploads to `own` files or below `_axbatch`, which cost money and are
+        never listed."""
         oldest = datetime.now(UTC) - LEFT_AFTER
         with storage_errors(self.url):
             if not self.is_local:
-                self.filesystem.abort_uploads(self.root, oldest)
+                self.filesystem.abort_uploads(self.root, own, oldest)
                 return
             for path in Path(self.full("_axbatch/tmp")).glob("*"):
                 with suppress(FileNotFoundError):

@@ -198,7 +198,8 @@ OUTPUT = [
           says="a.parquet: its input file has changed", next="`input.on_change: reprocess`"),
     wrong("vanished input file", 4, after_run=True, marks=[pytest.mark.ray],
           job={"input.path": "new"}, files={"new/b.parquet": parquet(id=[1], en=["new"])},
-          says="out/a.parquet: its input file is gone", next="`input.on_change: reprocess`"),
+          says="out/a.parquet: its input file is not among the input any more",
+          next="`input.on_change: reprocess`"),
     wrong("verify before the end", 1, command="verify",
           says="a.parquet: not published, 2 of 2 rows", next="Run the job to its end first"),
 ]

@@ -63,7 +63,7 @@ class Shard:
 
     def publish(self, rows: int = ROWS) -> Counts:
         stamp = Stamp("job", SHARD, "1:a", 0, rows, Counts(), "run")
-        return publish(self.source, SHARD, self.output, stamp, SHARD, FIELDS)
+        return publish(self.source, SHARD, self.output, stamp, SHARD, FIELDS, lambda: None)
 
     def published(self) -> pa.Table:
         return pq.read_table(Path(self.output.url) / SHARD)

@@ -45,7 +45,8 @@ def publish_shard(job: JobConfig, plan: Plan, planned: ShardPlan) -> None:
     shard = planned.shard
     stamp = Stamp(plan.identity, shard.name, shard.fingerprint, 0, shard.rows, Counts(), "run")
     fields = result_fields("ko", pa.string())
-    publish(shard.source, shard.path, output_of(job), stamp, planned.key, fields)
+    output, unchanged = output_of(job), shard.check_unchanged
+    publish(shard.source, shard.path, output, stamp, planned.key, fields, unchanged)
 
 
 def ranges_of(plan: Plan) -> list[tuple[str, int, int]]:
@@ -254,7 +255,7 @@ def test_vanished_input_is_refused_and_kept_with_reprocess(
     if published:
         publish_shard(config, made, made.shards[1])
     (tmp_path / "in/sub/gone.parquet").unlink()
-    with pytest.raises(RefusedError, match=r"sub/gone\.parquet: its input file is gone"):
+    with pytest.raises(RefusedError, match=r"sub/gone\.parquet: its input file is not among"):
         plan(config)
     before = output_of(config).list()
     kept = plan(job(tmp_path, input={"on_change": "reprocess"}))

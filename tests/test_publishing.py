@@ -111,3 +111,15 @@ def test_parts_that_outlived_their_publishing_are_dropped(
         pass
     assert not running.output.list("_axbatch/parts")
     assert pq.read_table(Path(running.output.url, "a.parquet")).num_rows == 40
+
+
+def test_input_replaced_after_its_rows_were_done_is_not_published(
+    running: Running, write_parquet: Callable[..., Path]
+) -> None:
+    receipts = running.receipts(0)
+    write_parquet(running.input[0], {"text": [f"new {row}" for row in range(40)]})
+    refused = pytest.raises(RefusedError, match="was replaced while the job ran")
+    with refused, running.publisher() as publisher:
+        for receipt in receipts:
+            publisher.received(receipt)
+    assert not running.output.exists("a.parquet")

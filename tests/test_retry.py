@@ -50,7 +50,8 @@ class Published:
         for shard in self.plan().shards:
             file, fingerprint = shard.shard, shard.shard.fingerprint
             stamp = Stamp(self.plan().identity, file.name, fingerprint, 0, ROWS, Counts(), "first")
-            publish(file.source, file.path, self.output, stamp, shard.key, FIELDS)
+            unchanged = file.check_unchanged
+            publish(file.source, file.path, self.output, stamp, shard.key, FIELDS, unchanged)
 
     def plan(self) -> Plan:
         return self._plan(self.job)

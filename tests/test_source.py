@@ -174,3 +174,10 @@ def test_row_group_of_two_million_rows_is_never_held_whole(tmp_path: Path) -> No
     read, peak = map(int, done.stdout.split())
     assert read == rows
     assert peak < column_bytes // 8
+
+
+def test_file_that_ends_too_early_is_an_input_error(tmp_path: Path, write_parquet: Write) -> None:
+    write_parquet(tmp_path / "a.parquet", TABLE[:10])
+    units = [Unit("a/0", 0, 8), Unit("a/0", 8, 16)]
+    with pytest.raises(InputError, match=r"a\.parquet: ends before row 16"):
+        list(read_units(Folder(str(tmp_path)), "a.parquet", ["id"], units))

@@ -307,8 +307,9 @@ def test_shard_that_is_not_published_is_named_with_what_it_lacks(
 ) -> None:
     done.write("c.parquet", {"text": [str(n) for n in range(ROWS)]})
     plan = done.plan()
-    fingerprint = plan.shards[1].shard.fingerprint
-    commit(done.output, Unit("c.parquet", 0, 7), plan.identity, fingerprint)
+    planned = next(shard for shard in plan.shards if shard.shard.name == "c.parquet")
+    unit = Unit(planned.key, 0, 7)
+    commit(done.output, unit, plan.identity, planned.shard.fingerprint)
     with pytest.raises(VerifyError, match=r"c\.parquet: not published, 33 of 40 rows"):
         done.verify()
     status = read_status(done.plan(), done.output)
