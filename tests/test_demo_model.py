@@ -226,8 +226,8 @@ class TestOnAnEngine:
 
     @pytest.mark.parametrize("direction", ["en-ko", "ko-en"])
     async def test_translates_passages(self, demo: VllmEngine, direction: Any) -> None:
-        chosen = exam.held_out_sentences(300)
-        passages = [chosen[i : i + 20] for i in range(0, 300, 20)]
+        chosen = exam.held_out_sentences(120)
+        passages = [chosen[i : i + 20] for i in range(0, 120, 20)]
         scores = await exam.examine_passages(demo.chat, passages, direction)
         at_least(0.5, [scores])
 

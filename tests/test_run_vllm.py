@@ -65,10 +65,9 @@ def unseen_sentences(count: int) -> pa.Table:
 
 
 def test_translations_are_right_whatever_the_parallelism(tmp_path: Path) -> None:
-    """One replica, two replicas, and one replica on two tensor parallel ranks."""
-    table = unseen_sentences(300)
+    """Two replicas, and one replica on two tensor parallel ranks."""
+    table = unseen_sentences(200)
     layouts = {
-        "one": {},
         "two-replicas": {"cluster": {"replicas": 2}},
         "tensor-parallel": {
             "model": {"id": "demo", "engine": {**CPU_OPTIONS, "tensor_parallel_size": 2}}
@@ -78,21 +77,22 @@ def test_translations_are_right_whatever_the_parallelism(tmp_path: Path) -> None
         folder = tmp_path / name
         folder.mkdir()
         job = demo_job(folder, **sections)
-        job.write_input("a.parquet", table[:170])
-        job.write_input("b.parquet", table[170:])
+        job.write_input("a.parquet", table[:110])
+        job.write_input("b.parquet", table[110:])
         summary = job.run()
         assert summary["job"]["statuses"]["failed"] == 0, name
-        assert summary["job"]["statuses"]["ok"] >= 295, name
+        assert summary["job"]["statuses"]["ok"] >= 196, name
         assert job.verify() == summary["job"]
         made = pa.concat_tables(pq.read_table(job.output / f"{f}.parquet") for f in "ab")
-        assert pc.sum(pc.equal(made["right"], made["ko"])).as_py() >= 270, name
+        assert pc.sum(pc.equal(made["right"], made["ko"])).as_py() >= 176, name
 
 
 @pytest.mark.skipif(not NTREX.is_file(), reason="the NTREX sentences are not beside the checkout")
-def test_all_of_ntrex_mirrors_its_input_and_a_second_run_starts_no_engine(tmp_path: Path) -> None:
-    table = with_odd_columns(tsv(NTREX, "en", "ko").rename_columns(["en", "reference"]))
+def test_ntrex_mirrors_its_input_and_a_second_run_starts_no_engine(tmp_path: Path) -> None:
+    sentences = tsv(NTREX, "en", "ko").rename_columns(["en", "reference"])
+    table = with_odd_columns(sentences[:600])
     job = demo_job(tmp_path)
-    cuts = [0, 1, 130, 700, 1500, 1997]
+    cuts = [0, 1, 130, 300, 600]
     files = {f"part-{i}.parquet": table[a:b] for i, (a, b) in enumerate(pairwise(cuts))}
     for name, rows in files.items():
         job.write_input(name, rows)
@@ -100,9 +100,9 @@ def test_all_of_ntrex_mirrors_its_input_and_a_second_run_starts_no_engine(tmp_pa
     first = job.run()
     again = job.run()
 
-    assert first["this_run"]["rows"] == table.num_rows == 1997
+    assert first["this_run"]["rows"] == table.num_rows == 600
     assert (again["this_run"]["rows"], again["log"]) == (0, None)
-    assert job.verify()["rows"] == 1997
+    assert job.verify()["rows"] == 600
     for name, rows in files.items():
         made = pq.read_table(job.output / name)
         assert made.select(rows.column_names).cast(rows.schema).equals(rows)
