@@ -32,7 +32,7 @@ def test_row_that_always_strikes_down_its_engine_fails_alone(tmp_path: Path, fau
         "dtype": "float32",
         "enforce_eager": True,
         "max_num_seqs": 64,
-        "logits_processors": [f"tests.faults.poison.{fault}"],
+        "logits_processors": [f"tests.faults.poison:{fault}"],
     }
     job = Job(
         tmp_path,

@@ -1,5 +1,5 @@
 """A logits processor of vLLM that, at the sight of a number in a prompt, kills or hangs its engine:
-`model.engine.logits_processors: [tests.faults.poison.Killer]`."""
+`model.engine.logits_processors: [tests.faults.poison:Killer]`."""
 
 from __future__ import annotations
 
