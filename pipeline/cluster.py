@@ -24,7 +24,9 @@ from pipeline.worker import Worker, WorkerSpec, decode_receipt
 
 # Read tasks and publishing beside the engines; engines reserve all the cores that they compute on.
 PLUMBING_CPUS = 1
-READER_CPUS = 0.1
+READER_CPUS = 0
+"""None are reserved: when a machine dies, what it had read is read again, and where all that live
+are full of replicas, nothing could be."""
 CONNECT_TIMEOUT_S = 10
 MAX_READERS = 16
 MAX_UNITS_IN_FLIGHT = 256

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from pipeline.storage import Folder
+
 TIMEOUT_S = 240
 NOT_PASSED = ("RAY_ADDRESS", "VLLM_")
 """Environment variables that a run is not to have. An engine in this process has set VLLM's."""
@@ -66,12 +68,18 @@ class Job:
 
     def rows_done(self) -> int:
         """Rows that a resumed run must not compute again, counted from the files alone."""
-        published = list(self.output.glob("*.parquet"))
-        rows = sum(pq.read_metadata(path).num_rows for path in published)
-        for part in self.parts():
+        output = Folder(self.sections["output"]["path"])
+        paths = [entry.path for entry in output.list() if entry.path.endswith(".parquet")]
+        published = {path for path in paths if not path.startswith("_axbatch/")}
+        rows = 0
+        for path in paths:
+            folder, _, name = path.rpartition("/")
+            if path in published:
+                with output.open(path) as file:
+                    rows += pq.read_metadata(file).num_rows
             # While a shard is being published it has both; its output file counts.
-            if part.parent.parent.name not in {path.name for path in published}:
-                start, stop = part.stem.split("-")
+            elif folder.removeprefix("_axbatch/parts/").rpartition("/")[0] not in published:
+                start, stop = name.removesuffix(".parquet").split("-")
                 rows += int(stop) - int(start)
         return rows
 
@@ -95,13 +103,29 @@ class Run:
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
         return self._process.wait(timeout_s)
 
+    def wait_in_vain(self, seconds: float) -> None:
+        """Let a fault last so long. Fails if the run ends in the meantime."""
+        self.wait_at_most(seconds)
+        self.check_lives()
+
+    def wait_at_most(self, seconds: float) -> int | None:
+        """The exit code; None if it still runs after so many seconds."""
+        try:
+            return self.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
     def wait_for_rows(self, count: int) -> None:
         """Return once so many rows are committed, by this or an earlier run."""
         deadline = time.monotonic() + TIMEOUT_S
         while self._job.rows_done() < count:
-            assert self._process.poll() is None, f"ended before: {self.printed}{self.errors}"
+            self.check_lives()
             assert time.monotonic() < deadline, f"no rows: {self.printed}{self.errors}"
             time.sleep(0.02)  # nothing tells us of a file from another process; we must look
+
+    def check_lives(self) -> None:
+        """Fails, with what it said, once it has ended."""
+        assert self._process.poll() is None, f"ended before: {self.printed}{self.errors}"
 
     def family(self) -> list[psutil.Process]:
         """The process with all its descendants: Ray, workers, engines."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from array import array
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +19,7 @@ from pipeline.parts import Stamp, publish, read_stamp, republish, result_fields
 from pipeline.plan import Plan, Retry, plan_retry
 from pipeline.records import Counts, Output, Unit, Usage
 from pipeline.storage import Folder
+from tests.openai_server import Body, OpenAIServer, Reply, answer, error, serving, text_of
 from tests.runs import Job
 
 ROWS = 60
@@ -170,66 +169,28 @@ def test_parts_that_outlived_their_retry_are_never_merged_again(
     assert job.table("a.parquet").equals(made)
 
 
-class FlakyServer(ThreadingHTTPServer):
-    """An OpenAI-compatible server that fails on texts with `bad` in them until it is mended."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), FlakyHandler)
-        self.mended = False
-        self.asked: list[str] = []
+def bracketed(body: Body) -> Reply:
+    return answer(f"<{text_of(body)}>")
 
 
-class FlakyHandler(BaseHTTPRequestHandler):
-    server: FlakyServer
-
-    def do_GET(self) -> None:
-        self._reply(200, {"object": "list", "data": [{"id": "served", "object": "model"}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][-1]["content"]
-        self.server.asked.append(text)
-        if "bad" in text and not self.server.mended:
-            self._reply(500, {"error": {"message": "no", "type": "error", "code": None}})
-            return
-        message = {"role": "assistant", "content": f"<{text}>"}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
-        head = {"id": "1", "object": "chat.completion", "created": 1, "model": "served"}
-        self._reply(200, {**head, "choices": [choice], "usage": usage})
-
-    def _reply(self, status: int, body: object) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        """Says nothing."""
+def fail_on_bad(body: Body) -> Reply:
+    return error(500, "no") if "bad" in text_of(body) else bracketed(body)
 
 
 @pytest.fixture
-def server() -> Iterator[FlakyServer]:
-    with FlakyServer() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def server() -> Iterator[OpenAIServer]:
+    with serving(OpenAIServer(fail_on_bad)) as running:
+        yield running
 
 
 @pytest.mark.ray
 def test_retry_asks_for_the_failed_rows_alone_and_mends_them(
-    tmp_path: Path, server: FlakyServer
+    tmp_path: Path, server: OpenAIServer
 ) -> None:
     model = {
         "id": "served",
         "backend": "http",
-        "base_url": f"http://127.0.0.1:{server.server_port}/v1",
+        "base_url": server.url,
         "engine": {"max_retries": 0},
     }
     job = Job(tmp_path, model=model, limits={"max_failed_fraction": 0.5})
@@ -250,7 +211,7 @@ def test_retry_asks_for_the_failed_rows_alone_and_mends_them(
         {"reason": "rejected: null", "rows": 1, "examples": [{"file": "a.parquet", "row": 3}]},
     ]
 
-    server.mended, server.asked = True, []
+    server.respond, server.bodies = bracketed, []
     retry = job.start("retry", "--json")
     assert retry.wait() == 0, retry.errors
     assert "4 rows to do again in 1 file(s)" in retry.errors
