@@ -1,4 +1,4 @@
-"""translate: one text column into another language, row by row."""
+"""translate: one text column into another language, texts of any length."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.checks import finished_text, text_of
-from pipeline.records import Output, Row
-from pipeline.task import Generate, Task
+from pipeline.checks import REMINDERS, finished_text, markup_loss, text_of
+from pipeline.chunking import Chunk, cut_smaller
+from pipeline.errors import RowRejected
+from pipeline.records import Message, Output, Row
+from pipeline.task import Generate, LongTextTask, at_once
 
 LANGUAGES = {
     "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French",
@@ -19,7 +21,11 @@ LANGUAGES = {
 """BCP 47 tags with the names that prompts use; any other tag stands for itself."""
 
 
-class Translate(Task):
+MAY_GO_BETTER_SMALLER = ("truncated", "empty_answer", "too_long", "markup_lost")
+"""Reasons to try once more with smaller pieces."""
+
+
+class Translate(LongTextTask):
     """Translate the column `text` from `source` to `target`."""
 
     kind: Literal["translate"]
@@ -35,6 +41,10 @@ class Translate(Task):
 
     instructions: str = ""
     """Added to the system prompt: tone, terms, what to leave untranslated."""
+
+    context: Literal["none", "rolling"] = "none"
+    """Of a text that is cut. none: its pieces are translated all at once. rolling: one after the
+    other, each with the one before it and its translation in view."""
 
     @model_validator(mode="after")
     def _languages_differ(self) -> Translate:
@@ -58,11 +68,48 @@ class Translate(Task):
         return f"{prompt}\n{self.instructions}" if self.instructions else prompt
 
     def identity(self) -> dict[str, Any]:
-        return {**self.model_dump(), "system_prompt": self.system_prompt}
+        return {**self.model_dump(), "system_prompt": self.system_prompt, "reminders": REMINDERS}
 
     async def run(self, row: Row, generate: Generate) -> Output:
-        completion = await generate([
-            {"role": "system", "content": self.system_prompt},
-            {"role": "user", "content": text_of(row, self.text)},
-        ])  # fmt: skip
-        return Output(finished_text(completion))
+        text = text_of(row, self.text)
+        turns = 2 if self.context == "rolling" else 1
+        pieces = await self.fit(text, generate, self.system_prompt, self.source, turns)
+        if self.context == "none" and len(pieces.chunks) > 1:
+            answers = await at_once(self._piece(chunk, [], generate) for chunk in pieces.chunks)
+            return Output(pieces.join(answers))
+        done: list[Message] = []
+        for chunk in pieces.chunks:
+            answer = await self._piece(chunk, done[-2:], generate)
+            done += [
+                {"role": "user", "content": chunk.text},
+                {"role": "assistant", "content": answer},
+            ]
+        return Output(pieces.join([answer["content"] for answer in done[1::2]]))
+
+    async def _piece(self, chunk: Chunk, before: list[Message], generate: Generate) -> str:
+        """One piece's translation. If there is none, that of smaller pieces."""
+        try:
+            return await self._translated(chunk, before, generate)
+        except RowRejected as error:
+            smaller = cut_smaller(chunk.text, self.source) if self.overflow == "chunk" else None
+            if error.code not in MAY_GO_BETTER_SMALLER or smaller is None:
+                raise
+        return smaller.join(
+            await at_once(self._translated(part, before, generate) for part in smaller.chunks)
+        )
+
+    async def _translated(self, chunk: Chunk, before: list[Message], generate: Generate) -> str:
+        """The model's answer. If its markup is not the text's, another one, after a reminder."""
+        if chunk.is_verbatim:
+            return chunk.text
+        user: Message = {"role": "user", "content": chunk.text}
+        system: Message = {"role": "system", "content": self.system_prompt}
+        answer = finished_text(await generate([system, *before, user]))
+        loss = markup_loss(chunk.text, answer)
+        if loss:
+            system = {"role": "system", "content": f"{self.system_prompt}\n{loss.reminder}"}
+            answer = finished_text(await generate([system, *before, user]))
+            loss = markup_loss(chunk.text, answer)
+        if loss:
+            raise RowRejected(loss.reason)
+        return answer

@@ -33,6 +33,9 @@ IDLE_DEATHS = 5
 """So many engines that die in a row on one machine, none having finished anything, are no row's
 fault."""
 
+START_TRIES = 3
+"""So often an engine is started where one has worked before."""
+
 RECORD = re.compile(r"/(\d+)-(\d+)\.(alone|together)\.\w+")
 
 
@@ -87,12 +90,20 @@ def bury_the_dead(folder: Path, run: str, output: Folder) -> None:
             except BlockingIOError:
                 continue  # it lives
             bury(journal, output)
-    buried = sorted(folder.glob(f"{run}.*.buried"), key=lambda path: path.stat().st_mtime)
+    buried = _buried(folder, run)
     if len(buried) >= IDLE_DEATHS and not any(map(_finished_some, buried[-IDLE_DEATHS:])):
         raise EngineError(
             f"{IDLE_DEATHS} engines in a row died on this machine before they finished anything",
             "Look into the log for the reason; what is committed stays.",
         )
+
+
+def may_start_again(folder: Path, run: str) -> bool:
+    """Whether an engine that has not started is worth another try on this machine: one of the run
+    has worked here, and fewer than START_TRIES - 1 have failed since. What the dead one held, such
+    as GPU memory, may need a moment to be free."""
+    buried = _buried(folder, run)
+    return any(map(_finished_some, buried[1 - START_TRIES :]))
 
 
 def forget_journals(folder: Path, run: str) -> None:
@@ -102,11 +113,15 @@ def forget_journals(folder: Path, run: str) -> None:
             journal.unlink()
 
 
-def read_crashes(output: Folder, unit: Unit) -> list[Crash]:
-    """The crashes in which rows of the unit took part."""
-    folder = f"{ATTEMPTS}/{unit.shard}"
+def read_crashes(output: Folder, shard: str) -> list[Crash]:
+    """The crashes in which rows of the shard took part."""
+    folder = f"{ATTEMPTS}/{shard}"
     records = [RECORD.fullmatch(entry.path.removeprefix(folder)) for entry in output.list(folder)]
-    crashes = [Crash(int(r[1]), int(r[2]), r[3] == "alone") for r in records if r]
+    return [Crash(int(r[1]), int(r[2]), r[3] == "alone") for r in records if r]
+
+
+def crashes_of(unit: Unit, crashes: Sequence[Crash]) -> list[Crash]:
+    """Those in which rows of the unit took part."""
     return [crash for crash in crashes if crash.start < unit.stop and unit.start < crash.stop]
 
 
@@ -128,6 +143,11 @@ def pieces(unit: Unit, crashes: Sequence[Crash]) -> Iterator[Unit]:
 
 def crashed_alone(piece: Unit, crashes: Sequence[Crash]) -> bool:
     return Crash(piece.start, piece.stop, alone=True) in crashes
+
+
+def _buried(folder: Path, run: str) -> list[Path]:
+    """Journals of the run's dead workers on this machine, in the order of their deaths."""
+    return sorted(folder.glob(f"{run}.*.buried"), key=lambda path: path.stat().st_mtime)
 
 
 def _held(journal: Path) -> list[tuple[str, int, int, bool]]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from dataclasses import dataclass
+
 from pipeline.errors import RowRejected
+from pipeline.markup import Kind, find_marks
 from pipeline.records import Completion, Row
 
 
@@ -26,3 +31,67 @@ def finished_text(completion: Completion) -> str:
     if not text:
         raise RowRejected("empty_answer")
     return text
+
+
+REMINDERS = {
+    "lost": "Copy each of these exactly as it is: {marks}",
+    "invented": "Do not add any of these: {marks}",
+}
+"""What a task may add to its system prompt when it asks again; part of its identity then."""
+
+_KIND_NAMES: dict[Kind, str] = {
+    "code": "code in backticks",
+    "url": "links",
+    "placeholder": "placeholders in braces",
+    "tag": "tags",
+}
+
+
+@dataclass(frozen=True)
+class MarkupLoss:
+    """The marks (see markup) of a text that its rewritten form lacks, and those that it has too
+    many, each as often as it is so."""
+
+    lost: tuple[tuple[Kind, str], ...]
+    invented: tuple[tuple[Kind, str], ...]
+
+    @property
+    def reason(self) -> str:
+        """`markup_lost: …` for RowRejected; of the marks, 200 characters at most."""
+        parts = [
+            f"{what} {' '.join(text for _, text in marks)}"
+            for what, marks in (("lost", self.lost), ("invented", self.invented))
+            if marks
+        ]
+        return f"markup_lost: {' '.join('; '.join(parts).split())[:200]}"
+
+    @property
+    def reminder(self) -> str:
+        """Instructions that name the marks, by kind where they might say something themselves:
+        row text with spaces in it has no place in a system prompt."""
+        return "\n".join(
+            REMINDERS[what].format(marks=" ".join(_names(marks)))
+            for what, marks in (("lost", self.lost), ("invented", self.invented))
+            if marks
+        )
+
+
+def markup_loss(text: str, rewritten: str) -> MarkupLoss | None:
+    """What `rewritten` (a translation, say) lost or invented of the marks of `text`; None if all
+    are there, in whatever order."""
+    marks, others = find_marks(text), find_marks(rewritten)
+    if not (marks or others):
+        return None
+    before, after = (Counter((mark.kind, mark.text) for mark in some) for some in (marks, others))
+    if before == after:
+        return None
+    return MarkupLoss(tuple((before - after).elements()), tuple((after - before).elements()))
+
+
+def _names(marks: tuple[tuple[Kind, str], ...]) -> list[str]:
+    """Once each, twenty at most."""
+    names = [
+        text if len(text) <= 100 and not re.search(r"\s", text) else f"({_KIND_NAMES[kind]})"
+        for kind, text in marks
+    ]
+    return list(dict.fromkeys(names))[:20]

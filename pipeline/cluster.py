@@ -28,6 +28,9 @@ READER_CPUS = 0
 """None are reserved: when a machine dies, what it had read is read again, and where all that live
 are full of replicas, nothing could be."""
 CONNECT_TIMEOUT_S = 10
+START_A_CLUSTER = (
+    "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS."
+)
 MAX_READERS = 16
 MAX_UNITS_IN_FLIGHT = 256
 FULL_POOL = 0.99
@@ -66,10 +69,13 @@ def ray_cluster(job: JobConfig) -> Iterator[Resources]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises it as it is when its own processes die or stay away
+        hint = (
+            "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS."
+        )
         raise ClusterError(
             f"Ray at {address or 'this machine'}: {' '.join(str(error).split())[:200]}",
-            "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS.",
+            hint if address else "Run the same command again.",
         ) from error
     catch_signals()  # ray.init put its own handler of SIGTERM in place of ours
     try:
@@ -88,8 +94,7 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ClusterError(
-            f"Ray at {address}: {error.strerror or error}",
-            "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS.",
+            f"Ray at {address}: {error.strerror or error}", START_A_CLUSTER
         ) from error
 
 

@@ -107,6 +107,10 @@ class RowError(AxbatchError):
     def reason(self) -> str:
         return str(self.args[0])
 
+    @property
+    def code(self) -> str:
+        return self.reason.partition(":")[0]
+
 
 class RowRejected(RowError):
     """This input cannot be done as asked; trying again changes nothing."""

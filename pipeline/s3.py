@@ -108,7 +108,8 @@ class PatientS3(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs is untyped
                     print(f"axbatch: S3: {what}; trying again for {left:.0f} s",
                           file=sys.stderr, flush=True)  # fmt: skip
                 longest = min(LONGEST_INTERVAL_S, FIRST_INTERVAL_S * 2 ** min(attempt, 10))
-                await asyncio.sleep(min(left, random.uniform(0, longest)))  # noqa: S311
+                pause = min(left, random.uniform(0, longest))  # noqa: S311
+                await asyncio.to_thread(interrupted.wait, pause)
             else:
                 self.has_answered = True
                 return answer

@@ -247,9 +247,10 @@ def storage_errors(url: str) -> Iterator[None]:
             f"{url}: a file is in the way of a folder", "Choose another `output.path`."
         ) from error
     except PermissionError as error:
-        raise StorageError(
-            f"{url}: access denied ({_short(error)})", "Check the credentials and their rights."
-        ) from error
+        hint = "Check the credentials and their rights."
+        if "RequestTimeTooSkewed" in _short(error):
+            hint = "Set this machine's clock; the store refuses what is signed at another time."
+        raise StorageError(f"{url}: access denied ({_short(error)})", hint) from error
     except OSError as error:
         hint = "Nothing half-written counts; run the same command again once storage is back."
         if error.errno == errno.ENOSPC:

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterable
+from functools import lru_cache
+from typing import Any, Literal, Protocol, TypeVar
 
 import pyarrow as pa
+from pydantic import Field
 
+from pipeline.chunking import Split, keep, split_aside, surely_fits, whole
 from pipeline.config import Section
+from pipeline.errors import RowRejected
 from pipeline.records import Completion, Message, Output, Row
 
 
 class Generate(Protocol):
-    """Ask the model. Sampling comes from the job file; keywords override or add body keys.
+    """Ask the model, and know how much it can take."""
 
-    Raises RowRejected where the request can't be done as asked (too long, say) and RowFailed
-    where the engine failed; a task may let both pass: they become the row's status.
-    """
+    async def __call__(self, messages: list[Message], **body: Any) -> Completion:
+        """Sampling comes from the job file; keywords override or add body keys.
 
-    async def __call__(self, messages: list[Message], **body: Any) -> Completion: ...
+        Raises RowRejected where the request can't be done as asked (too long, say) and RowFailed
+        where the engine failed; a task may let both pass: they become the row's status.
+        """
+        ...
+
+    @property
+    def count_tokens(self) -> Callable[[str], int]:
+        """Tokens of a text by the model's tokenizer; some milliseconds per 10,000 of them."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of one answer."""
+        ...
 
 
 class Task(Section):
@@ -43,3 +66,84 @@ class Task(Section):
     @abstractmethod
     async def run(self, row: Row, generate: Generate) -> Output:
         """Process one row. Text in `row` is NFC and free of the model's special tokens."""
+
+
+T = TypeVar("T")
+
+SMALLEST = 16
+"""Tokens of the smallest piece that makes sense; where not even that fits, the engine says so."""
+
+TEMPLATE_TOKENS = 64
+"""Left for what the chat template adds to a prompt."""
+
+
+class LongTextTask(Task):
+    """Base of kinds that work on texts of any length: what is too long for one request is cut,
+    shortened or rejected."""
+
+    chunk_tokens: int | None = Field(None, ge=SMALLEST)
+    """Most tokens of a text that the model gets whole, and of the pieces of a longer one. null: a
+    text may have `sampling.max_tokens`, pieces half as many; less where the context is small."""
+
+    overflow: Literal["chunk", "truncate_head", "truncate_tail", "reject"] = "chunk"
+    """What becomes of a longer text. chunk: it is cut, and the results are joined.
+    truncate_head, truncate_tail: its head or its tail is left out. reject: the row is rejected;
+    without `chunk_tokens` only if the model's context can't hold the text and `max_tokens`."""
+
+    async def fit(
+        self, text: str, generate: Generate, prompt: str, language: str = "en", turns: int = 1
+    ) -> Split:
+        """`text` in the pieces that go to the model: itself, nearly always.
+
+        `prompt` is what each request holds beside its piece, `turns` how many pieces with their
+        answers one request may hold, `language` (BCP 47) that of the text.
+
+        Raises RowRejected (`too_long`).
+        """
+        count = generate.count_tokens
+        context = generate.max_model_len - TEMPLATE_TOKENS - _count_once(count, prompt)
+        limit, budget = self._limits(context, generate.max_tokens, turns)
+        if surely_fits(text, limit):
+            return whole(text)
+        tokens = await asyncio.to_thread(count, text)
+        if tokens <= limit:
+            return whole(text)
+        match self.overflow:
+            case "chunk":
+                return await split_aside(text, budget, count, language)
+            case "reject":
+                raise RowRejected(f"too_long: {tokens} tokens, the limit is {limit}")
+            case "truncate_head":
+                return whole(await asyncio.to_thread(keep, "tail", text, limit, count, language))
+            case "truncate_tail":
+                return whole(await asyncio.to_thread(keep, "head", text, limit, count, language))
+
+    def _limits(self, context: int, max_tokens: int, turns: int) -> tuple[int, int]:
+        """Tokens of a text that is asked for whole, and of the pieces of a longer one. `context`
+        is what the prompt leaves of the model's."""
+        if self.overflow == "reject":
+            limit = self.chunk_tokens or max(context - max_tokens, context // 2)
+            return limit, limit
+        if self.chunk_tokens:
+            limit = budget = min(self.chunk_tokens, context // (2 * turns))
+        else:
+            # Nobody knows how long an answer gets. One as long as its text is likely enough to try
+            # for; what must be cut anyway is cut so that answers may be twice as long.
+            limit = min(max_tokens, context // 2)
+            budget = min(max_tokens // 2, context // (3 * turns))
+        return max(limit, SMALLEST), max(budget, SMALLEST)
+
+
+async def at_once(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order. Raises the first error in that order, once all calls have ended, so
+    that it does not depend on which was fastest."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
+
+
+@lru_cache(maxsize=64)
+def _count_once(count: Callable[[str], int], prompt: str) -> int:
+    return count(prompt)

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,9 @@ from pipeline.attempts import (
     bury,
     bury_the_dead,
     crashed_alone,
+    crashes_of,
     is_suspect,
+    may_start_again,
     pieces,
     read_crashes,
 )
@@ -79,7 +81,7 @@ class Worker:
         self._output = spec.output
         self._sampling = spec.job.sampling.body()
         self._turns = Turns()
-        self._failure: AxbatchError | None = None
+        self._failure: AxbatchError | EngineGone | None = None
         try:
             bury_the_dead(machine_folder(), spec.run, self._output)
             self._journal = Journal(machine_folder(), spec.run)
@@ -88,6 +90,8 @@ class Worker:
             # Ray would make text of it; as the answer to the first unit it reaches the user whole.
             traceback.print_exception(error)
             self._failure = error
+            if isinstance(error, EngineError) and may_start_again(machine_folder(), spec.run):
+                self._failure = EngineGone(str(error.args[0]))
             return
         self._clean = RowText(self._engine.control_tokens)
 
@@ -112,9 +116,14 @@ class Worker:
         started = time.monotonic()
         unit, fingerprint, table = decode_unit(block)
         rows = _rows_of(table)
-        crashes = await asyncio.to_thread(read_crashes, self._output, unit)
-        if is_suspect(crashes):
-            counts = await self._do_suspect(unit, fingerprint, rows, crashes)
+        crashes = await asyncio.to_thread(read_crashes, self._output, unit.shard)
+        # A worker may have died after its commit, and before Ray had the receipt.
+        done = await asyncio.to_thread(read_part_counts, self._output, unit) if crashes else {}
+        crashes = crashes_of(unit, crashes)
+        if unit in done:
+            counts = done[unit]
+        elif is_suspect(crashes):
+            counts = await self._do_suspect(unit, fingerprint, rows, crashes, done)
         else:
             async with self._turns.together():
                 outputs = await self._run_rows(unit, rows, alone=False)
@@ -127,12 +136,12 @@ class Worker:
         fingerprint: str,
         rows: Sequence[Row | RowError],
         crashes: Sequence[Crash],
+        done: Mapping[Unit, Counts],
     ) -> Counts:
         """Piece by piece with nothing else in the engine, each committed at once: the pieces that
         are done stay done when the next one kills the engine."""
         counts = Counts()
         async with self._turns.alone():
-            done = await asyncio.to_thread(read_part_counts, self._output, unit)
             for piece in pieces(unit, crashes):
                 if piece in done:
                     counts.add(done[piece])
@@ -154,14 +163,7 @@ class Worker:
     async def _run_row(self, row: Row | RowError) -> Output:
         """One row's output, whatever happens to it. What concerns all rows passes: EngineGone,
         and every AxbatchError that is no RowError."""
-        usage = Usage()
-
-        async def generate(messages: list[Message], **body: Any) -> Completion:
-            nonlocal usage
-            completion = await self._engine.chat({"messages": messages, **self._sampling, **body})
-            usage += completion.usage
-            return completion
-
+        generate = EngineGenerate(self._engine, self._sampling)
         try:
             if isinstance(row, RowError):
                 raise row
@@ -176,7 +178,7 @@ class Worker:
             # A bug in a task kind is this row's trouble, not the job's. The type alone: the
             # message may quote the row.
             output = Output(None, "failed", f"task_error: {type(error).__name__}")
-        return output.with_usage(usage)
+        return output.with_usage(generate.usage)
 
     def _commit(self, unit: Unit, fingerprint: str, outputs: Sequence[Output]) -> Counts:
         counts = Counts()
@@ -196,6 +198,23 @@ class Worker:
         table = result_table(results, column, self._task.output_type)
         commit_part(self._output, stamp, table)
         return counts
+
+
+class EngineGenerate:
+    """One row's `generate` (see task.Generate), and what it has cost."""
+
+    def __init__(self, engine: Engine, sampling: Mapping[str, Any]) -> None:
+        self._engine = engine
+        self._sampling = sampling
+        self.usage = Usage()
+        self.count_tokens = engine.count_tokens
+        self.max_model_len = engine.max_model_len
+        self.max_tokens = int(sampling["max_tokens"])
+
+    async def __call__(self, messages: list[Message], **body: Any) -> Completion:
+        completion = await self._engine.chat({"messages": messages, **self._sampling, **body})
+        self.usage += completion.usage
+        return completion
 
 
 class Turns:

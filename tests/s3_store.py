@@ -58,6 +58,8 @@ class Store(ThreadingHTTPServer):
         """Whether a conditional PUT looks for the object first, and writes a moment later."""
         self.overwritten = 0
         """Objects that a conditional PUT wrote over, as it had looked too early."""
+        self.hidden: set[str] = set()
+        """Keys that no reader finds."""
         self.page = PAGE
         self.lock = threading.Lock()
         self.closing = threading.Event()
@@ -132,6 +134,8 @@ class Handler(BaseHTTPRequestHandler):
         metadata = {k: v for k, v in self.headers.items() if k.lower().startswith("x-amz-meta-")}
         if "list-type" in self.query:
             return 200, {}, self._list()
+        if "uploads" in self.query and self.command == "GET":
+            return 200, {}, b"<R><IsTruncated>false</IsTruncated></R>"
         if "uploads" in self.query:
             upload = uuid.uuid4().hex
             self.server.uploads[upload] = {}, metadata
@@ -143,7 +147,10 @@ class Handler(BaseHTTPRequestHandler):
                 return 412, {}, error("PreconditionFailed")
             objects[self.key] = self.body, metadata
             return 200, {"ETag": tag(self.body)}, b""
-        if self.key not in objects:
+        if self.command == "DELETE":
+            objects.pop(self.key, None)
+            return 204, {}, b""
+        if self.key not in objects or self.key in self.server.hidden:
             return 404, {}, error("NoSuchKey")
         content, metadata = objects[self.key]
         if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):

@@ -19,11 +19,14 @@ from hypothesis import strategies as st
 from pipeline import worker
 from pipeline.attempts import (
     IDLE_DEATHS,
+    START_TRIES,
     Crash,
     Journal,
     bury,
     bury_the_dead,
+    crashes_of,
     is_suspect,
+    may_start_again,
     pieces,
     read_crashes,
 )
@@ -74,9 +77,10 @@ with journal.holding(Unit("a b.parquet", 5, 9), False), journal.holding(Unit("c"
     bury_the_dead(folder, "run", output)
     bury_the_dead(folder, "run", output)
 
-    assert read_crashes(output, Unit("a b.parquet", 0, 100)) == [Crash(5, 9, alone=False)]
-    assert read_crashes(output, Unit("c", 0, 100)) == [Crash(1, 2, alone=True)]
-    assert read_crashes(output, Unit("c", 2, 100)) == []
+    assert read_crashes(output, "a b.parquet") == [Crash(5, 9, alone=False)]
+    assert read_crashes(output, "c") == [Crash(1, 2, alone=True)]
+    assert crashes_of(Unit("c", 0, 100), read_crashes(output, "c")) == [Crash(1, 2, alone=True)]
+    assert crashes_of(Unit("c", 2, 100), read_crashes(output, "c")) == []
     assert mine.path.exists(), "the journal of a living worker is not touched"
 
 
@@ -96,6 +100,19 @@ def test_engines_that_die_without_having_done_anything_end_the_job(tmp_path: Pat
         die(number, finished=False)
     with pytest.raises(EngineError, match="before they finished anything"):
         die(2 * IDLE_DEATHS, finished=False)
+
+
+def test_engine_that_worked_before_is_started_three_times(tmp_path: Path) -> None:
+    output = Folder(str(tmp_path / "out"))
+    assert not may_start_again(tmp_path, "run"), "the first failure of all is the job's"
+    worked = tmp_path / "run.1.journal"
+    worked.write_text("\n".join(json.dumps([what, "s", 0, 4, False]) for what in ("in", "out")))
+    tries = 1
+    while may_start_again(tmp_path, "run") or tries == 1:
+        bury_the_dead(tmp_path, "run", output)
+        tries += 1
+        (tmp_path / f"run.{tries}.journal").touch()
+    assert tries - 1 == START_TRIES
 
 
 class Died(BaseException):

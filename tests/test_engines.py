@@ -1,9 +1,7 @@
 """Engines: each answer is a completion or a row's status; http against a real server."""
 
-import json
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import asyncio
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +14,10 @@ from pipeline.engine.cores import omp_binding
 from pipeline.engine.echo import EchoEngine
 from pipeline.engine.http import HttpEngine
 from pipeline.errors import EngineError, JobFileError, RowError, RowFailed, RowRejected
+from pipeline.model import DEMO_MODEL
 from pipeline.records import Completion, Usage
+from pipeline.worker import EngineGenerate
+from tests.openai_server import OpenAIServer, Reply, answer, error, serving
 
 SYSTEM = {"role": "system", "content": "Answer with the translation only."}
 
@@ -65,91 +66,27 @@ def test_echo_refuses_wrong_options(options: dict[str, int]) -> None:
         echo(**options)
 
 
+@given(st.text(max_size=50))
+async def test_echo_counts_as_it_answers(text: str) -> None:
+    engine = echo(max_model_len=64)
+    assert engine.max_model_len == 64
+    completion = await engine.chat({"messages": [{"role": "user", "content": text}]})
+    assert completion.usage.prompt_tokens == engine.count_tokens(text)
+
+
 # --- http ------------------------------------------------------------------------------------
 
-Reply = tuple[int, Mapping[str, Any] | str]
-
-
-def answer(text: str | None, **changes: Any) -> Reply:
-    """A chat completion as OpenAI's API gives it."""
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text},
-        "finish_reason": "stop",
-    }
-    usage = {
-        "prompt_tokens": 12,
-        "completion_tokens": 3,
-        "total_tokens": 15,
-        "prompt_tokens_details": {"cached_tokens": 8},
-    }
-    body = {"id": "1", "object": "chat.completion", "created": 1, "model": "served"}
-    return 200, {**body, "choices": [choice], "usage": usage, **changes}
-
-
-def error(status: int, message: str, code: str | None = None) -> Reply:
-    return status, {"error": {"message": message, "type": "error", "code": code}}
-
-
-class Server(ThreadingHTTPServer):
-    """Gives the replies it was told to, then `answer("fine")`; needs the key `right`."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.replies: list[Reply] = []
-        self.bodies: list[dict[str, Any]] = []
-        self.models: Reply = (
-            200,
-            {"object": "list", "data": [{"id": "served", "object": "model"}]},
-        )
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self.reply(self.server.models)
-
-    def do_POST(self) -> None:
-        length = int(self.headers["Content-Length"])
-        self.server.bodies.append(json.loads(self.rfile.read(length)))
-        self.reply(self.server.replies.pop(0) if self.server.replies else answer("fine"))
-
-    def reply(self, reply: Reply) -> None:
-        status, body = reply
-        if self.headers["Authorization"] != "Bearer right":
-            status, body = error(401, "wrong key", "invalid_api_key")
-        data = (body if isinstance(body, str) else json.dumps(body)).encode()
-        self.send_response(status)
-        self.send_header(
-            "Content-Type", "text/html" if isinstance(body, str) else "application/json"
-        )
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("retry-after-ms", "1")  # keeps the client's backoff out of the test's time
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
     monkeypatch.setenv("TEST_SERVER_KEY", "right")
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(OpenAIServer()) as running:
+        running.key = "right"
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture
-def engine(server: Server) -> Callable[..., Engine]:
+def engine(server: OpenAIServer) -> Callable[..., Engine]:
     def start(model: str = "served", **options: Any) -> Engine:
         config = ModelConfig(
             id=model,
@@ -164,7 +101,7 @@ def engine(server: Server) -> Callable[..., Engine]:
 
 
 async def test_http_gives_the_servers_answer_and_counts(
-    server: Server, engine: Callable[..., HttpEngine]
+    server: OpenAIServer, engine: Callable[..., HttpEngine]
 ) -> None:
     server.replies = [answer("안녕")]
     completion = await engine().chat(ask("Hello", temperature=0.0, max_tokens=9, top_k=1))
@@ -175,7 +112,7 @@ async def test_http_gives_the_servers_answer_and_counts(
 
 
 async def test_http_passes_on_what_openai_does_not_know(
-    server: Server, engine: Callable[..., HttpEngine]
+    server: OpenAIServer, engine: Callable[..., HttpEngine]
 ) -> None:
     extra = {"repetition_penalty": 1.1, "guided_json": {"type": "object"}}
     await engine().chat(ask("Hello", **extra))
@@ -187,7 +124,7 @@ async def test_http_passes_on_what_openai_does_not_know(
     [{"usage": None}, {"usage": {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15}}],
 )
 async def test_http_does_without_the_counts_that_a_server_leaves_out(
-    server: Server, engine: Callable[..., HttpEngine], changes: dict[str, Any]
+    server: OpenAIServer, engine: Callable[..., HttpEngine], changes: dict[str, Any]
 ) -> None:
     server.replies = [answer("fine", **changes)]
     completion = await engine().chat(ask("Hello"))
@@ -195,7 +132,7 @@ async def test_http_does_without_the_counts_that_a_server_leaves_out(
 
 
 async def test_http_gives_tool_calls_as_they_are(
-    server: Server, engine: Callable[..., HttpEngine]
+    server: OpenAIServer, engine: Callable[..., HttpEngine]
 ) -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     message = {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -216,7 +153,7 @@ async def test_http_gives_tool_calls_as_they_are(
     ],
 )
 async def test_http_rejects_what_the_server_will_never_do_and_asks_once(
-    server: Server, engine: Callable[..., HttpEngine], reply: Reply, reason: str
+    server: OpenAIServer, engine: Callable[..., HttpEngine], reply: Reply, reason: str
 ) -> None:
     server.replies = [reply]
     with pytest.raises(RowRejected) as raised:
@@ -228,7 +165,7 @@ async def test_http_rejects_what_the_server_will_never_do_and_asks_once(
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 async def test_http_tries_again_when_the_server_stumbles(
-    server: Server, engine: Callable[..., HttpEngine], status: int
+    server: OpenAIServer, engine: Callable[..., HttpEngine], status: int
 ) -> None:
     server.replies = [error(status, "busy"), error(status, "busy"), answer("fine")]
     completion = await engine(max_retries=2).chat(ask("Hello"))
@@ -237,7 +174,7 @@ async def test_http_tries_again_when_the_server_stumbles(
 
 
 async def test_http_row_fails_when_the_server_keeps_stumbling(
-    server: Server, engine: Callable[..., HttpEngine]
+    server: OpenAIServer, engine: Callable[..., HttpEngine]
 ) -> None:
     server.replies = [error(500, "down")] * 2
     with pytest.raises(RowFailed, match="engine_error: InternalServerError"):
@@ -246,7 +183,7 @@ async def test_http_row_fails_when_the_server_keeps_stumbling(
 
 
 async def test_http_server_that_is_gone_ends_the_job_and_marks_no_row(
-    server: Server, engine: Callable[..., HttpEngine]
+    server: OpenAIServer, engine: Callable[..., HttpEngine]
 ) -> None:
     started = engine(max_retries=0)
     server.shutdown()
@@ -264,7 +201,7 @@ async def test_http_server_that_is_gone_ends_the_job_and_marks_no_row(
     ],
 )
 async def test_http_row_fails_when_the_answer_is_no_completion(
-    server: Server, engine: Callable[..., HttpEngine], reply: Reply
+    server: OpenAIServer, engine: Callable[..., HttpEngine], reply: Reply
 ) -> None:
     server.replies = [reply]
     with pytest.raises(RowError, match="engine_error"):
@@ -272,7 +209,7 @@ async def test_http_row_fails_when_the_answer_is_no_completion(
 
 
 def test_http_refuses_to_start_with_a_wrong_key(
-    server: Server, engine: Callable[..., HttpEngine], monkeypatch: pytest.MonkeyPatch
+    server: OpenAIServer, engine: Callable[..., HttpEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEST_SERVER_KEY", "very-wrong")
     with pytest.raises(EngineError, match="refused the key") as raised:
@@ -282,14 +219,14 @@ def test_http_refuses_to_start_with_a_wrong_key(
 
 
 def test_http_refuses_to_start_with_a_model_that_is_not_served(
-    server: Server, engine: Callable[..., HttpEngine]
+    server: OpenAIServer, engine: Callable[..., HttpEngine]
 ) -> None:
     with pytest.raises(EngineError, match=r"does not serve `other` \(it has served\)"):
         engine("other")
 
 
 def test_http_refuses_to_start_without_a_server(
-    server: Server, engine: Callable[..., HttpEngine]
+    server: OpenAIServer, engine: Callable[..., HttpEngine]
 ) -> None:
     server.shutdown()
     server.server_close()
@@ -298,10 +235,45 @@ def test_http_refuses_to_start_without_a_server(
 
 
 async def test_http_starts_with_a_server_that_lists_no_models(
-    server: Server, engine: Callable[..., HttpEngine]
+    server: OpenAIServer, engine: Callable[..., HttpEngine]
 ) -> None:
     server.models = error(404, "no such page")
     assert (await engine().chat(ask("Hello"))).text == "fine"
+
+
+@pytest.mark.parametrize(
+    ("served", "options", "expected"),
+    [
+        ({}, {}, 32_768),
+        ({"max_model_len": 4096}, {}, 4096),
+        ({"max_model_len": 4096}, {"max_model_len": 2048}, 2048),
+        ({"max_model_len": None}, {}, 32_768),
+    ],
+)
+def test_http_context_is_the_jobs_or_what_the_server_says(
+    server: OpenAIServer,
+    engine: Callable[..., HttpEngine],
+    served: dict[str, Any],
+    options: dict[str, int],
+    expected: int,
+) -> None:
+    model = {"id": "served", "object": "model", **served}
+    server.models = 200, {"object": "list", "data": [model]}
+    assert engine(**options).max_model_len == expected
+
+
+PROSE = "고객님의 상품이 내일 서울로 배송됩니다. Your product will be delivered to Seoul tomorrow."
+
+
+def test_http_counts_rather_too_many_tokens_than_too_few(
+    engine: Callable[..., HttpEngine],
+) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer: Any = Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json"))
+    true = len(tokenizer.encode(PROSE, add_special_tokens=False))
+    assert true < engine().count_tokens(PROSE) < 4 * true
+    assert engine().count_tokens("") == 0
 
 
 # --- cores -----------------------------------------------------------------------------------
@@ -331,6 +303,14 @@ def test_ranks_never_share_a_core_while_there_are_enough(held: set[int], ranks: 
     assert len({len(group) for group in groups}) == 1
     if len(held) >= ranks:
         assert len(set(bound)) == len(bound)
+
+
+async def test_a_rows_usage_is_the_sum_of_its_requests_also_of_those_at_once() -> None:
+    generate = EngineGenerate(echo(seconds_per_request=0.001), {"max_tokens": 5})
+    await asyncio.gather(*(generate([{"role": "user", "content": "a b"}]) for _ in range(20)))
+    assert generate.usage == Usage(20, 40, 0, 40)
+    assert (generate.max_tokens, generate.max_model_len) == (5, 32_768)
+    assert generate.count_tokens("a b c") == 3
 
 
 def test_echo_engine_is_what_backend_echo_starts() -> None:

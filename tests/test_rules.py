@@ -35,6 +35,8 @@ LAYERS = [
         "pipeline.tokens",
         "pipeline.task",
         "pipeline.checks",
+        "pipeline.markup",
+        "pipeline.chunking",
         "pipeline.storage",
         "pipeline.s3",
     },

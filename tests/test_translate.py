@@ -1,36 +1,26 @@
-"""Translate, with a fake model of a few lines: the prompt, and what becomes of odd rows."""
+"""Translate, with a fake model of a few lines: prompts, long texts, markup, and odd rows."""
 
+import asyncio
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import load_task
 from jobs.translate import LANGUAGES, Translate
-from pipeline.checks import finished_text, text_of
+from pipeline.checks import REMINDERS, finished_text, text_of
 from pipeline.config import JobConfig, identity_fields, identity_hash
-from pipeline.errors import JobFileError, RowRejected
+from pipeline.errors import JobFileError, RowFailed, RowRejected
 from pipeline.records import Completion, Message, Output, Usage
+from tests.fake_model import FakeModel, echo
 
 KEYS = {"kind": "translate", "text": "text", "source": "en", "target": "ko"}
 
 
-class FakeModel:
-    """Answers always the same, and remembers what it was asked."""
-
-    def __init__(self, answer: str | None = "안녕", finish_reason: str = "stop") -> None:
-        self.answer, self.finish_reason = answer, finish_reason
-        self.asked: list[list[Message]] = []
-
-    async def __call__(self, messages: list[Message], **body: Any) -> Completion:
-        self.asked.append(messages)
-        message = {"role": "assistant", "content": self.answer}
-        return Completion(message, self.finish_reason, Usage(1, 9, 0, 7))
-
-
-def translate(**keys: str) -> Translate:
+def translate(**keys: Any) -> Translate:
     return Translate.model_validate(KEYS | keys)
 
 
@@ -39,8 +29,8 @@ def identity(job: JobConfig) -> str:
 
 
 async def test_row_is_asked_for_once_with_its_text_as_the_user_turn() -> None:
-    model = FakeModel()
-    assert await translate().run({"text": "Hello\n <b>you</b> "}, model) == Output("안녕")
+    model = FakeModel(" <b>안녕</b>\n")
+    assert await translate().run({"text": "Hello\n <b>you</b> "}, model) == Output("<b>안녕</b>")
     [[system, user]] = model.asked
     assert user == {"role": "user", "content": "Hello\n <b>you</b> "}
     assert system == {
@@ -96,11 +86,11 @@ async def test_answer_that_is_none_is_rejected(
 
 @pytest.mark.parametrize("error", [RowRejected("too_long: 9 of 8"), RuntimeError("bug")])
 async def test_trouble_of_the_engine_passes_through(error: Exception) -> None:
-    async def generate(messages: list[Message], **body: Any) -> Completion:
+    def fail(text: str) -> str:
         raise error
 
     with pytest.raises(type(error)) as raised:
-        await translate().run({"text": "Hello"}, generate)
+        await translate().run({"text": "Hello"}, FakeModel(fail))
     assert raised.value is error
 
 
@@ -130,22 +120,28 @@ def test_instructions_stand_at_the_end_of_the_prompt() -> None:
         {"source": "de"},
         {"target": "ja"},
         {"text": "body"},
+        {"chunk_tokens": 100},
+        {"context": "rolling"},
+        {"overflow": "reject"},
     ],
 )
 def test_all_keys_of_the_task_are_in_the_identity(
-    tmp_path: Any, job: Callable[..., JobConfig], change: dict[str, str]
+    tmp_path: Any, job: Callable[..., JobConfig], change: dict[str, Any]
 ) -> None:
     assert identity(job(tmp_path, task=KEYS | change)) != identity(job(tmp_path, task=KEYS))
 
 
-def test_identity_holds_the_prompt_that_code_makes() -> None:
+def test_identity_holds_the_prompts_that_code_makes() -> None:
     assert translate().identity()["system_prompt"] == translate().system_prompt
+    assert translate().identity()["reminders"] == REMINDERS
 
 
 def test_default_keys_may_be_left_out_without_changing_the_identity(
     tmp_path: Any, job: Callable[..., JobConfig]
 ) -> None:
-    given_ = identity(job(tmp_path, task={**KEYS, "instructions": ""}))
+    given_ = identity(
+        job(tmp_path, task={**KEYS, "instructions": "", "chunk_tokens": None, "context": "none"})
+    )
     assert given_ == identity(job(tmp_path, task=KEYS))
 
 
@@ -155,6 +151,9 @@ def test_default_keys_may_be_left_out_without_changing_the_identity(
         ({"target": "en"}, "same language"),
         ({"target": "Korean!"}, "task.target"),
         ({"text": 7}, "task.text"),
+        ({"chunk_tokens": 15}, "task.chunk_tokens"),
+        ({"overflow": "cut"}, "task.overflow"),
+        ({"context": "rollin"}, "task.context"),
         ({"instruction": "x"}, "`instructions`"),
         ({"kind": "tranlate"}, "`translate`"),
     ],
@@ -165,3 +164,227 @@ def test_wrong_key_is_a_job_file_error_that_names_it(
     with pytest.raises(JobFileError) as raised:
         load_task(job(tmp_path, task=KEYS | change))
     assert named in str(raised.value)
+
+
+# --- long texts ------------------------------------------------------------------------------
+
+
+async def run(model: FakeModel, text: str, **keys: Any) -> str:
+    """The translation, in pieces of 16 tokens unless `keys` says otherwise."""
+    output = await translate(**{"chunk_tokens": 16, **keys}).run({"text": text}, model)
+    assert output.status == "ok"
+    return str(output.value)
+
+
+SENTENCES = [f"Sentence number {i} has six words." for i in range(40)]
+LONG = "  " + " ".join(SENTENCES[:20]) + "\r\n\r\n\t" + "  ".join(SENTENCES[20:]) + "\n"
+
+
+@pytest.mark.parametrize("context", ["none", "rolling"])
+async def test_a_long_text_is_asked_for_piece_by_piece_and_joined_as_it_was(context: str) -> None:
+    model = FakeModel(echo)
+    assert await run(model, LONG, context=context) == LONG
+    assert len(model.texts) > 10
+    assert " ".join(model.texts).split() == LONG.split()
+    assert max(len(text.split()) for text in model.texts) <= 16
+
+
+@settings(max_examples=200)
+@given(st.text("ab가. \n\t\u3000#-`|>1", min_size=17, max_size=300).filter(str.strip))
+async def test_nothing_of_a_text_is_lost_or_moved(text: str) -> None:
+    model = FakeModel(echo)
+    assert (await run(model, text)).strip() == text.strip()
+    assert all(asked.strip() for asked in model.texts)
+
+
+async def test_a_text_that_surely_fits_is_not_even_counted() -> None:
+    model = FakeModel(max_tokens=1024)
+    await translate().run({"text": "x" * 1024}, model)
+    assert model.texts == ["x" * 1024]
+    assert "x" * 1024 not in model.counted
+
+
+async def test_a_text_is_tried_whole_if_an_answer_of_its_length_would_do() -> None:
+    model, text = FakeModel(echo, max_tokens=400), "word. " * 400
+    await run(model, text, chunk_tokens=None)
+    assert model.texts == [text]
+
+
+@pytest.mark.parametrize(
+    ("limits", "budget"),
+    [
+        ({"max_tokens": 400, "max_model_len": 32_768}, 200),
+        ({"max_tokens": 4000, "max_model_len": 682}, 200),
+    ],
+)
+async def test_pieces_leave_room_for_answers_twice_as_long(
+    limits: dict[str, int], budget: int
+) -> None:
+    model = FakeModel(echo, **limits)  # type: ignore[arg-type]
+    await translate().run({"text": "word. " * 1000}, model)
+    assert max(len(text.split()) for text in model.texts) == budget
+
+
+async def test_a_code_block_over_the_budget_is_not_asked_for() -> None:
+    code = "```\n" + "x = 1\n" * 30 + "```"
+    model = FakeModel("한글")
+    answer = await run(model, f"{SENTENCES[0]}\n\n{code}\n\n{SENTENCES[1]}")
+    assert answer == f"한글\n\n{code}\n\n한글"
+    assert model.texts == SENTENCES[:2]
+
+
+async def test_rolling_shows_each_piece_the_one_before_it_and_its_translation() -> None:
+    model = FakeModel(lambda text: f"번역: {text}")
+    await run(model, LONG, context="rolling")
+    for before, messages in pairwise(model.asked):
+        shown = before[-1]["content"]
+        assert messages[1:3] == [
+            {"role": "user", "content": shown},
+            {"role": "assistant", "content": f"번역: {shown}"},
+        ]
+        assert len(messages) == 4
+    assert len(model.asked[0]) == 2
+
+
+async def test_without_context_every_piece_is_asked_for_at_once() -> None:
+    model, entered = FakeModel(echo), asyncio.Barrier(4)
+
+    class Waiting(FakeModel):
+        async def __call__(self, messages: list[Message], **body: Any) -> Completion:
+            await entered.wait()
+            return await model(messages, **body)
+
+    text = "\n\n".join(" ".join(SENTENCES[i : i + 2]) for i in range(0, 8, 2))
+    assert await asyncio.wait_for(run(Waiting(), text), timeout=20) == text
+
+
+BAD = " ".join(SENTENCES[2:4])
+
+
+@pytest.mark.parametrize("trouble", [("cut off", "length"), ("", "stop"), (None, "stop")])
+@pytest.mark.parametrize("context", ["none", "rolling"])
+async def test_one_bad_piece_is_halved_and_the_others_are_asked_for_once(
+    trouble: tuple[str | None, str], context: str
+) -> None:
+    model = FakeModel(lambda text: trouble if text == BAD else text)
+    text = "\n\n".join(" ".join(SENTENCES[i : i + 2]) for i in range(0, 8, 2))
+    assert await run(model, text, context=context) == text
+    assert sorted(model.texts) == sorted([*text.split("\n\n"), *SENTENCES[2:4]])
+
+
+async def test_a_short_text_that_is_cut_off_is_halved_too() -> None:
+    model = FakeModel(lambda text: ("cut", "length") if len(text.split()) > 6 else text)
+    assert await run(model, BAD) == BAD
+
+
+async def test_row_is_ok_only_if_all_its_pieces_are() -> None:
+    model = FakeModel(lambda text: ("cut", "length") if "number 7 " in text else text)
+    with pytest.raises(RowRejected, match=r"^truncated: "):
+        await run(model, LONG)
+    assert sum("number 7 " in text for text in model.texts) == 2
+
+
+@pytest.mark.parametrize("context", ["none", "rolling"])
+async def test_the_first_piece_that_fails_gives_the_reason(context: str) -> None:
+    def answer(text: str) -> str | tuple[str, str]:
+        if "number 30 " in text:
+            raise RowFailed("engine_error: second")
+        if "number 7 " in text:
+            raise RowFailed("engine_error: first")
+        return text
+
+    with pytest.raises(RowFailed, match="first"):
+        await run(FakeModel(answer), LONG, context=context)
+
+
+# --- overflow --------------------------------------------------------------------------------
+
+
+async def test_truncate_tail_asks_for_the_head_alone_and_truncate_head_for_the_tail() -> None:
+    head, tail = FakeModel(echo), FakeModel(echo)
+    assert LONG.strip().startswith(await run(head, LONG, overflow="truncate_tail"))
+    assert LONG.strip().endswith(await run(tail, LONG, overflow="truncate_head"))
+    for model in (head, tail):
+        assert len(model.texts) == 1
+        assert 0 < len(model.texts[0].split()) <= 16
+
+
+async def test_reject_never_cuts() -> None:
+    model = FakeModel(lambda text: ("cut", "length"))
+    with pytest.raises(RowRejected, match=r"^too_long: 240 tokens, the limit is 16$"):
+        await run(model, LONG, overflow="reject")
+    assert model.texts == []
+    with pytest.raises(RowRejected, match=r"^truncated: "):
+        await run(model, LONG, overflow="reject", chunk_tokens=None)
+    assert model.texts == [LONG]
+
+
+@pytest.mark.parametrize("overflow", ["truncate_head", "truncate_tail", "reject"])
+async def test_a_text_within_the_budget_is_asked_for_as_it_is(overflow: str) -> None:
+    model, text = FakeModel(), f"  {BAD}  \n"
+    assert await run(model, text, overflow=overflow) == "안녕"
+    assert model.texts == [text]
+
+
+@pytest.mark.parametrize("overflow", ["chunk", "truncate_head", "truncate_tail"])
+async def test_a_context_too_small_for_anything_is_left_to_the_engine(overflow: str) -> None:
+    model = FakeModel(echo, max_model_len=10)
+    assert (await run(model, LONG, overflow=overflow)).strip() in LONG
+    assert 0 < max(len(text.split()) for text in model.texts) <= 16
+
+
+# --- markup ----------------------------------------------------------------------------------
+
+MARKED = "Hello {name}, see <b>this</b> at https://x.example/a and `run me`."
+
+
+async def test_an_answer_that_lost_markup_is_asked_for_once_more_with_a_reminder() -> None:
+    answers = iter(["잃었다", MARKED])
+    model = FakeModel(lambda text: next(answers))
+    assert await run(model, MARKED) == MARKED
+    first, second = model.asked
+    assert first[1] == second[1] == {"role": "user", "content": MARKED}
+    assert first[0]["content"] == translate().system_prompt
+    assert second[0]["content"].startswith(translate().system_prompt + "\n")
+    for mark in ("{name}", "<b>", "</b>", "https://x.example/a"):
+        assert mark in second[0]["content"]
+    assert "run me" not in second[0]["content"], "words of a row have no place in a system prompt"
+
+
+@pytest.mark.parametrize(
+    ("answer", "details"),
+    [
+        ("안녕 <b>이것</b> https://x.example/a `run me`", "lost {name}"),
+        ("안녕 {name} 이것</b> https://x.example/b `run me`", "lost <b> https://x.example/a; "
+         "invented https://x.example/b"),
+        (MARKED + " %s", "invented %s"),
+    ],
+)  # fmt: skip
+async def test_markup_lost_twice_rejects_the_row_and_names_the_marks_alone(
+    answer: str, details: str
+) -> None:
+    model = FakeModel(answer)
+    with pytest.raises(RowRejected) as raised:
+        await run(model, MARKED)
+    assert raised.value.reason == f"markup_lost: {details}"
+    assert len(model.asked) == 2
+
+
+async def test_only_the_piece_that_lost_markup_is_asked_for_again() -> None:
+    text, met = f"{LONG}\n\n{MARKED}", set[str]()
+
+    def forget_once(piece: str) -> str:
+        forgets = "{name}" in piece and piece not in met
+        met.add(piece)
+        return "잃었다" if forgets else piece
+
+    model = FakeModel(forget_once)
+    assert await run(model, text) == text
+    assert len(model.texts) == len(met) + 1
+
+
+async def test_code_that_a_model_will_not_copy_is_copied_for_it() -> None:
+    text = "Run this:\n\n```\nprint('One. Two.')\n```\n\nIt prints."
+    model = FakeModel(lambda asked: "번역")
+    assert await run(model, text) == "번역\n\n```\nprint('One. Two.')\n```\n\n번역"
+    assert model.texts == [text, text, "Run this:", "It prints."]

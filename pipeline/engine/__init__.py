@@ -25,6 +25,14 @@ class Engine(Protocol):
     control_tokens: Sequence[str]
     """Strings that the tokenizer would take for control tokens; may be empty if unknown."""
 
+    max_model_len: int
+    """Tokens of prompt and answer together."""
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of `text` as part of a prompt, by the model's own tokenizer; an engine that
+        can't ask it errs on the high side. May be called from any thread."""
+        ...
+
     async def chat(self, body: Mapping[str, Any]) -> Completion:
         """Answer one chat body (`messages` and sampling keys).
 

@@ -45,7 +45,11 @@ class EchoEngine:
     def __init__(self, model: ModelConfig) -> None:
         self._options = parse_section(EchoOptions, model.engine, "job file", "model.engine.")
         self.max_num_seqs = self._options.max_num_seqs
+        self.max_model_len = self._options.max_model_len
         self._slots = asyncio.Semaphore(self.max_num_seqs)
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
 
     async def chat(self, body: Mapping[str, Any]) -> Completion:
         options = self._options

@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, NoReturn
@@ -62,12 +63,17 @@ class VllmEngine:
             for token in tokenizer.added_tokens_decoder.values()
             if is_control_token(token.content, token.special)
         ]
+        self.max_model_len = int(self._llm.model_config.max_model_len)
+        self._counter = _TokenCounter(tokenizer)
         self._serving: Any = None
         self._starting = asyncio.Lock()
         self._max_silence_s = max_silence_s
         self._in_flight = 0
         self._heard = time.monotonic()
         self._listen()
+
+    def count_tokens(self, text: str) -> int:
+        return self._counter(text)
 
     async def chat(self, body: Mapping[str, Any]) -> Completion:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -141,6 +147,30 @@ class VllmEngine:
                 await init_app_state(self._llm, state, self._args, tasks)
                 self._serving = state.openai_serving_chat
         return self._serving
+
+
+class _TokenCounter:
+    """Counts with a tokenizer of its own: vLLM's is not safe to share among threads."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:  # one in Python (Mistral's own, say), slow but rare
+            lock = threading.Lock()
+
+            def count(text: str) -> int:
+                with lock:
+                    return len(tokenizer.encode(text, add_special_tokens=False))
+
+            self._count = count
+            return
+        own = type(backend).from_str(backend.to_str())
+        own.no_truncation()
+        own.no_padding()
+        # Unlike `encode` this lets go of the GIL: the event loop runs on beside a long text.
+        self._count = lambda text: len(own.encode_batch_fast([text], add_special_tokens=False)[0])
+
+    def __call__(self, text: str) -> int:
+        return self._count(text)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -4,7 +4,7 @@ which rows were asked for more than once."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +58,22 @@ class AskingJob(Job):
     def start_and_do(self, rows: int) -> Run:
         """A run that has asked for so many rows."""
         run = self.start("run")
-        self._wait_until_asked(rows, run)
+        self.wait_until_asked(rows, run)
         return run
 
     def see_end(self, run: Run, injected: str, promised: str, before: Run | None = None) -> None:
-        """The run goes on and ends well, the output is proved, and what was seen is noted.
-        `before` has ended with what it says to the user."""
-        recovered_s = self._wait_until_asked(len(self.server.bodies) + 1, run)
+        """The run goes on, and all ends well. `before` has ended with what it says to the user."""
+        recovered_s = self.wait_until_asked(len(self.server.bodies) + 1, run)
         assert run.wait() == 0, run.errors
+        self.see_output(injected, promised, [before, run] if before else [run], recovered_s)
+
+    def see_output(
+        self, injected: str, promised: str, runs: Sequence[Run], recovered_s: float | None = None
+    ) -> None:
+        """Prove it, and note what was seen of these runs, which have ended."""
         assert self.verify()["rows"] == self._rows
         asked = self.server.asked
+        said = [self._said(run) for run in runs if run.wait() != 0]
         self._observe(
             injected,
             promised,
@@ -75,13 +81,9 @@ class AskingJob(Job):
             made=self.ids(),
             redone=len(asked) - len(set(asked)),
             recovered_s=recovered_s,
-            exits=[before.wait(), 0] if before else [0],
-            said=self._said(before) if before else "",
+            exits=[run.wait() for run in runs],
+            said=said[0] if said else "",
         )
-
-    def _said(self, run: Run) -> str:
-        line = run.errors.partition("\n")[0]
-        return line.removeprefix("axbatch: ").replace(f"{self.folder}/", "")
 
     def ids(self) -> list[int]:
         """Of all published rows, each of which has its own answer."""
@@ -93,7 +95,11 @@ class AskingJob(Job):
                     ids.append(row["id"])
         return ids
 
-    def _wait_until_asked(self, count: int, run: Run) -> float:
+    def _said(self, run: Run) -> str:
+        line = run.errors.partition("\n")[0]
+        return line.removeprefix("axbatch: ").replace(f"{self.folder}/", "")
+
+    def wait_until_asked(self, count: int, run: Run) -> float:
         """Seconds until the server has been asked for so many rows in all."""
         began = time.monotonic()
         while len(self.server.bodies) < count:

@@ -57,7 +57,7 @@ def test_killed_replica_costs_no_more_than_its_open_units(
     server = job.server
     kills: list[tuple[set[str], set[str], int]] = []
     for _ in range(KILLS):
-        run.wait_in_vain(dice.uniform(0.5, 2.5))
+        job.wait_until_asked(len(server.bodies) + dice.randint(100, 400), run)
         worker = busy_worker(run, dice)
         worker.suspend()  # so that what is open and what was asked for belong together
         held, asked = open_rows(worker), server.asked

@@ -1,0 +1,47 @@
+"""A model for tests of tasks: it says what a test wants, and remembers what it was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.records import Completion, Message, Usage
+
+Answer = str | tuple[str | None, str] | None
+"""A text, or a text and its finish_reason."""
+
+
+class FakeModel:
+    """Stands for `generate`. A token is a word."""
+
+    def __init__(
+        self,
+        answer: Answer | Callable[[str], Answer] = "안녕",
+        finish_reason: str = "stop",
+        max_tokens: int = 1024,
+        max_model_len: int = 32_768,
+    ) -> None:
+        self.answer, self.finish_reason = answer, finish_reason
+        self.max_tokens, self.max_model_len = max_tokens, max_model_len
+        self.asked: list[list[Message]] = []
+        self.counted: list[str] = []
+
+    async def __call__(self, messages: list[Message], **body: Any) -> Completion:
+        self.asked.append(messages)
+        text = messages[-1]["content"]
+        answer = self.answer(text) if callable(self.answer) else self.answer
+        content, reason = answer if isinstance(answer, tuple) else (answer, self.finish_reason)
+        return Completion({"role": "assistant", "content": content}, reason, Usage(1, 9, 0, 7))
+
+    def count_tokens(self, text: str) -> int:
+        self.counted.append(text)
+        return len(text.split())
+
+    @property
+    def texts(self) -> list[str]:
+        """The last message of all that was asked."""
+        return [messages[-1]["content"] for messages in self.asked]
+
+
+def echo(text: str) -> str:
+    return text
