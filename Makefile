@@ -49,7 +49,7 @@ format: $(READY)
 
 # Half an hour: what `make test` only samples.
 faults: $(READY)
-	@AXBATCH_FAULTS=all $(BIN)/pytest -v -rA tests/test_crash_points.py tests/test_poison.py
+	@AXBATCH_FAULTS=all $(BIN)/pytest -v -rA tests/faults; $(BIN)/python -m tests.faults.observed
 
 bench: $(READY)
 	@$(BIN)/python -m tests.bench

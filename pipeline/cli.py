@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from pipeline import __version__
 from pipeline.errors import EXIT_INTERRUPTED, AxbatchError, Interrupted
@@ -227,5 +227,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def command() -> NoReturn:
+    """The process `axbatch`. It ends at once: in the interpreter's own end, threads of Ray and
+    Arrow that still run may crash, and the exit code would be a segmentation fault's."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -148,6 +148,11 @@ def parts_among(entries: Iterable[Entry]) -> dict[str, list[Unit]]:
     return {key: sorted(units) for key, units in parts.items()}
 
 
+def is_result(path: str) -> bool:
+    """Whether it is the path of a part, or may be that of a published shard."""
+    return path.startswith(PARTS + "/") or not path.startswith("_axbatch/")
+
+
 def missing_ranges(rows: int, parts: Iterable[Unit]) -> list[tuple[int, int]]:
     """Ranges [start, stop) of [0, rows) that no part covers."""
     gaps, position = [], 0

@@ -28,6 +28,7 @@ from pipeline.errors import (
 from pipeline.lease import Lease, Watch
 from pipeline.logs import engines_lock, machine_folder, redirect_output, run_log
 from pipeline.model import resolve_model
+from pipeline.parts import is_result
 from pipeline.plan import Plan, Retry, find_shards, plan_retry, plan_shards
 from pipeline.progress import Progress, shown
 from pipeline.publishing import Publisher
@@ -186,7 +187,8 @@ def _compute(
 
 
 def check_identity(output: Folder, fields: dict[str, Any]) -> None:
-    """Raises RefusedError, naming the fields that differ, if `output` holds another job's rows."""
+    """Raises RefusedError, naming the fields that differ, if `output` holds another job's rows. A
+    job that has none yet, as its engine did not start, may be mended."""
     try:
         before = json.loads(output.read(JOB_FILE))["identity"]
     except FileNotFoundError:
@@ -196,7 +198,7 @@ def check_identity(output: Folder, fields: dict[str, Any]) -> None:
         for key in sorted(before.keys() | fields.keys())
         if before.get(key) != fields.get(key)
     ]
-    if changed:
+    if changed and any(is_result(entry.path) for entry in output.list()):
         raise RefusedError(
             f"{output.url} was made by a different job ({'; '.join(changed)})",
             "Put these back, or give the job a new `output.path`; mixing both is never right.",

@@ -26,6 +26,9 @@ NOT_PASSED = ("RAY_ADDRESS", "VLLM_")
 class Job:
     """A job file in `folder` that reads folder/in and writes folder/out."""
 
+    module = "pipeline.cli"
+    """What is run for a command."""
+
     def __init__(self, folder: Path, **sections: dict[str, Any]) -> None:
         self.folder = folder
         self.output = folder / "out"
@@ -93,7 +96,7 @@ class Run:
         self._out = (job.folder / f"{time.monotonic_ns()}.out").open("w+")
         self._err = (job.folder / f"{time.monotonic_ns()}.err").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.cli", command, str(job.file), *rest],
+            [sys.executable, "-m", job.module, command, str(job.file), *rest],
             stdin=subprocess.DEVNULL,
             stdout=self._out,
             stderr=self._err,
@@ -138,6 +141,11 @@ class Run:
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """As the machine's end does."""
+        self.signal(signal.SIGKILL)
+        self.wait()
 
     @property
     def printed(self) -> str:

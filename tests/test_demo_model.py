@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from hashlib import sha256
 from itertools import islice
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra import make_demo_data
-from infra.demo_model import exam, grammar, summaries, tools, translation
-from infra.demo_model.conversation import says
+from infra.demo_model import choosing, exam, grammar, summaries, tools, translation
+from infra.demo_model.conversation import asked, says
 from infra.demo_model.grammar import SLOT, Template, read_templates
 from pipeline.engine.vllm import VllmEngine
 from pipeline.model import DEMO_MODEL
@@ -81,6 +82,29 @@ def test_training_and_exam_share_no_sentence() -> None:
     assert sum(map(grammar.has_unseen_combination, examined)) > 250
 
 
+def test_oddly_filled_sentences_are_not_in_the_exam() -> None:
+    trained = [*islice(translation.odd(random.Random(0)), 5000)]
+    assert sum(not set(s.words) <= usual_words(s.template) for s in trained) > 2000
+    examined = exam.held_out_sentences(2000)
+    for side in ("en", "ko"):
+        texts = {getattr(s, side) for s in trained}
+        assert texts.isdisjoint(getattr(s, side) for s in examined)
+
+
+def usual_words(template: Template) -> set[str]:
+    """The words that the template's slots are for."""
+    kinds = [name for name, _, _ in SLOT.findall(template.en)]
+    return {value.en for kind in kinds for value in grammar.read_lexicon().get(kind, [])}
+
+
+def test_drills_name_letters_and_texts_that_stand_together() -> None:
+    for drill in islice(choosing.choices(random.Random(0)), 200):
+        question, answer = (message["content"] for message in drill.messages)
+        for line in answer.split("\n"):
+            letter, text = (line[0], line[3:]) if line[1:3] == ". " else (line[-1], line[:-3])
+            assert f"\n{letter}. {text}\n" in f"{question}\n"
+
+
 def test_sample_files_are_what_the_script_makes() -> None:
     tables = make_demo_data.make_tables()
     files = {path.stem: pq.read_table(path) for path in (ROOT / "configs/data").glob("*.parquet")}
@@ -103,30 +127,43 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(DEMO_MODEL)
 
 
+def test_committed_tokenizer_is_what_the_training_makes(tmp_path: Path) -> None:
+    from infra.demo_model.train import make_tokenizer
+
+    make_tokenizer().save_pretrained(tmp_path)
+    committed = (DEMO_MODEL / "tokenizer.json").read_bytes()
+    assert (tmp_path / "tokenizer.json").read_bytes() == committed
+
+
 def test_packed_conversations_are_learned_as_if_each_stood_alone(tokenizer: Any) -> None:
     import torch
 
-    from infra.demo_model.corpus import answers, encode, pack
+    from infra.demo_model.corpus import MISSES, answers, encode, pack
     from infra.demo_model.train import answer_loss, last_hidden_states, new_model
 
     torch.manual_seed(0)
     model = new_model(tokenizer).eval()
     stream = translation.single_sentences(random.Random(5))
-    conversations = [*islice(stream, 40)]
-    batch = pack(tokenizer, iter(conversations), tokens=300)
+    conversations = [*islice(stream, 5)]
+    long = asked(None, "1 " * 100, "1")
+    batch = pack(tokenizer, iter([*conversations, *[long] * MISSES]), tokens=560)
     with torch.no_grad():
         together = type(batch)(*(tensor[None] for tensor in batch))
         loss = answer_loss(model, last_hidden_states(model, together), together)
+        model.set_attn_implementation("sdpa")  # what everybody else computes
         alone: list[float] = []
+        weights: list[float] = []
         for conversation in conversations:
             ids = encode(tokenizer, conversation)
             logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-            learned = torch.tensor(answers(tokenizer, ids)[1:])
-            chosen = torch.tensor(ids[1:])[learned, None]
-            alone += (-logits[learned].gather(1, chosen)).flatten().tolist()
+            weight = torch.tensor(answers(tokenizer, ids)[1:])
+            chosen = torch.tensor(ids[1:])[weight > 0, None]
+            alone += (-logits[weight > 0].gather(1, chosen)).flatten().tolist()
+            weights += weight[weight > 0].tolist()
     count = int((batch.targets >= 0).sum())
-    assert 50 < count < len(alone)
-    assert float(loss) == pytest.approx(sum(alone[:count]) / count, rel=1e-4)
+    assert 50 < count == len(alone)
+    expected = sum(map(mul, alone, weights)) / sum(weights)
+    assert float(loss) == pytest.approx(expected, rel=1e-4)
 
 
 def test_short_training_lowers_the_loss_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
@@ -163,7 +200,7 @@ def test_committed_log_is_that_of_the_whole_training() -> None:
 
     lines = [*csv.DictReader(LOG.open(encoding="utf-8"))]
     assert int(lines[-1]["step"]) == STEPS
-    assert float(lines[-1]["loss"]) < 0.1 < 6 < float(lines[0]["loss"])
+    assert float(lines[-1]["loss"]) < 0.2 < 6 < float(lines[0]["loss"])
 
 
 # The model.

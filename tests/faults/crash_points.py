@@ -12,14 +12,12 @@ imported all there is, so that it takes a fraction of a second.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import io
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +29,12 @@ import pipeline.cluster
 import pipeline.run
 import pipeline.worker
 from jobs.translate import Translate
-from pipeline.cluster import Resources
 from pipeline.config import JobConfig
 from pipeline.errors import RowFailed
-from pipeline.plan import Plan, Retry
-from pipeline.records import Output, Receipt
-from pipeline.source import encode_unit, read_units
+from pipeline.plan import Retry
+from pipeline.records import Output
 from pipeline.storage import Folder
-from pipeline.worker import Worker, WorkerSpec, decode_receipt
+from tests.faults.without_ray import leave_ray_out
 
 KILLED, WRONG = 77, 78
 KEPT = ("_axbatch/runs/", "_axbatch/logs/", "_axbatch/tmp/")
@@ -111,32 +107,9 @@ def write_input(folder: Path) -> None:
         pq.write_table(pa.table({"text": texts, "id": range(rows)}), folder / name)
 
 
-@contextmanager
-def no_cluster(job: JobConfig) -> Iterator[Resources]:
-    yield Resources(gpus=0, cpus=1)
-
-
-def receipts_here(
-    plan: Plan, columns: list[str], spec: WorkerSpec, share: Resources
-) -> Iterator[Receipt]:
-    worker = Worker(spec)
-    with asyncio.Runner() as runner:
-        for planned in plan.shards:
-            shard = planned.shard
-            for unit, rows in read_units(
-                shard.source, shard.path, columns, list(planned.units()), shard.selected
-            ):
-                block = encode_unit(unit, shard.fingerprint, rows)
-                receipt = decode_receipt(runner.run(worker(block))["receipt"][0])
-                assert receipt
-                yield receipt
-
-
 def do_job(job: JobConfig) -> None:
     """Run it, with rows that fail, then have these done again; or what is left of both."""
-    pipeline.cluster.ray_cluster = no_cluster
-    pipeline.cluster.receipts = receipts_here
-    pipeline.worker.guard_children = lambda lock: None
+    leave_ray_out()
     translate, silent = Translate.run, Console(file=io.StringIO())
 
     async def fail_on_some(self: Translate, row: Any, generate: Any) -> Output:

@@ -1,0 +1,87 @@
+"""What resuming costs: the same number of finished files, with few rows and with many.
+
+    python -m tests.bench.resume [--files 1000] [--rows 10 10000]
+
+For each number of rows per file: seconds and peak memory of `axbatch run` once all is done, the
+median of five. Input and output are made here, not computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.parts import Stamp, publish, result_fields
+from pipeline.plan import Plan
+from pipeline.records import Counts, Output, Unit, Usage
+from pipeline.storage import Folder
+from tests.conftest import commit_unit, make_job, make_plan_of, write_table
+from tests.runs import Job
+
+TIMES = 5
+
+
+def make_done(folder: Path, files: int, rows: int) -> Job:
+    """A job whose files are all published."""
+    job = Job(folder, model={"id": "echo", "backend": "echo"})
+    texts = [f"row {row}" for row in range(rows)]
+    for number in range(files):
+        write_table(folder / f"in/{number:05}.parquet", {"en": texts})
+    config = make_job(folder, task={"text": "en"}, input={"path": str(folder / "in")})
+    plan: Plan = make_plan_of(config)
+    output, outputs = (
+        Folder(config.output.path),
+        [Output(text, usage=Usage(1, 2, 0, 2)) for text in texts],
+    )
+    for planned in plan.shards:
+        shard = planned.shard
+        unit = Unit(planned.key, 0, rows)
+        commit_unit(output, unit, plan.identity, shard.fingerprint, outputs)
+        stamp = Stamp(plan.identity, shard.name, shard.fingerprint, 0, rows, Counts(), "made")
+        publish(
+            shard.source, shard.path, output, stamp, planned.key,
+            result_fields("ko", pa.string()), shard.check_unchanged,
+        )  # fmt: skip
+    return job
+
+
+def measure(job: Job) -> tuple[float, float]:
+    """Seconds and peak MB of one run that has nothing to do."""
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(job.file)]
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return time.monotonic() - began, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--files", type=int, default=1000)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10, 10_000])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        jobs = {}
+        for rows in options.rows:
+            folder = Path(name) / str(rows)
+            folder.mkdir()
+            jobs[rows] = make_done(folder, options.files, rows)
+        measured: dict[int, list[tuple[float, float]]] = {rows: [] for rows in jobs}
+        for _ in range(TIMES):  # in turn, so that both see the same machine
+            for rows, job in jobs.items():
+                measured[rows].append(measure(job))
+    for rows, figures in measured.items():
+        seconds, megabytes = (statistics.median(column) for column in zip(*figures, strict=True))
+        print(f"{options.files * rows:>12,} rows: {seconds:.2f} s, {megabytes:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

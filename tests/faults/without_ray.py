@@ -1,0 +1,54 @@
+"""The command line with Ray left out: the worker is called in the driver's process.
+
+A run is real in all else, is quick, and its storage calls are all made by one process.
+
+    python -m tests.faults.without_ray run JOB.yaml
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pipeline.cluster
+import pipeline.worker
+from pipeline.cli import command
+from pipeline.cluster import Resources
+from pipeline.config import JobConfig
+from pipeline.plan import Plan
+from pipeline.records import Receipt
+from pipeline.source import encode_unit, read_units
+from pipeline.worker import Worker, WorkerSpec, decode_receipt
+
+
+@contextmanager
+def no_cluster(job: JobConfig) -> Iterator[Resources]:
+    yield Resources(gpus=0, cpus=1)
+
+
+def receipts_here(
+    plan: Plan, columns: list[str], spec: WorkerSpec, share: Resources
+) -> Iterator[Receipt]:
+    worker = Worker(spec)
+    with asyncio.Runner() as runner:
+        for planned in plan.shards:
+            shard = planned.shard
+            for unit, rows in read_units(
+                shard.source, shard.path, columns, list(planned.units()), shard.selected
+            ):
+                block = encode_unit(unit, shard.fingerprint, rows)
+                receipt = decode_receipt(runner.run(worker(block))["receipt"][0])
+                assert receipt
+                yield receipt
+
+
+def leave_ray_out() -> None:
+    pipeline.cluster.ray_cluster = no_cluster
+    pipeline.cluster.receipts = receipts_here
+    pipeline.worker.guard_children = lambda lock: None
+
+
+if __name__ == "__main__":
+    leave_ray_out()
+    command()
