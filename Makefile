@@ -10,13 +10,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 READY := .venv/ready
 
-.PHONY: help setup demo test faults check format bench clean
+.PHONY: help setup demo test faults soak check format bench clean
 
 help:
 	@echo "make setup   the virtual environment in .venv (no GPU needed)"
 	@echo "make demo    translate the sample with the embedded model on real vLLM"
 	@echo "make test    all tests"
-	@echo "make faults  a job killed at each of its storage calls, on disk and on S3"
+	@echo "make faults  every fault of tests/faults/README.md, with real processes"
+	@echo "make soak    half an hour of random faults"
 	@echo "make check   ruff and mypy"
 
 setup: $(READY)
@@ -47,12 +48,18 @@ format: $(READY)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-# Half an hour: what `make test` only samples.
+# Most of an hour: each fault of tests/faults/README.md, and what `make test` only samples.
 faults: $(READY)
-	@AXBATCH_FAULTS=all $(BIN)/pytest -v -rA tests/faults; $(BIN)/python -m tests.faults.observed
+	@rm -rf out/faults
+	@AXBATCH_FAULTS=all $(BIN)/pytest -v -rA tests/faults
+	@$(BIN)/python -m tests.faults.observed
+
+soak: $(READY)
+	@$(BIN)/python -m tests.faults.soak
 
 bench: $(READY)
 	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench.resume
 
 clean:
 	@rm -rf .venv out

@@ -17,17 +17,16 @@ import pyarrow as pa
 
 from pipeline.config import InputConfig, JobConfig, OnChange
 from pipeline.errors import InputError, NoSuchFileError, RefusedError
+from pipeline.parquet import input_errors, open_parquet
 from pipeline.parts import (
     PARTS,
     STATUS_COLUMNS,
     Stamp,
     check_same_origin,
-    input_errors,
     key_of,
     missing_ranges,
     name_of,
     not_ok_rows,
-    open_parquet,
     part_path,
     parts_among,
     read_stamp,

@@ -7,7 +7,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 from pipeline.attempts import ATTEMPTS
-from pipeline.parts import PARTS, Stamp, publish, republish, result_fields
+from pipeline.merging import publish, republish
+from pipeline.parts import PARTS, Stamp, result_fields
 from pipeline.plan import Plan, ShardPlan
 from pipeline.records import Counts, Receipt
 from pipeline.storage import Folder

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import EXIT_TOO_MANY_NOT_OK
-from pipeline.parts import open_parquet
+from pipeline.parquet import open_parquet
 from pipeline.plan import Plan
 from pipeline.records import STATUSES, Counts
 from pipeline.run import Summary

@@ -18,7 +18,7 @@ from ray.data.block import BlockMetadata
 
 from pipeline.errors import AxbatchError, InputError, error_from_json
 from pipeline.lease import Watch
-from pipeline.parts import input_errors, open_parquet, read_batches
+from pipeline.parquet import input_errors, open_parquet, read_batches
 from pipeline.plan import Plan, Shard, ShardPlan
 from pipeline.records import Unit
 from pipeline.storage import Folder

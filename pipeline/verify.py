@@ -9,14 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import InputError, VerifyError
-from pipeline.parts import (
-    STATUS_COLUMNS,
-    Stamp,
-    count_rows,
-    input_errors,
-    open_parquet,
-    read_batches,
-)
+from pipeline.parquet import input_errors, open_parquet, read_batches
+from pipeline.parts import STATUS_COLUMNS, Stamp, count_rows
 from pipeline.plan import Plan, Shard, ShardPlan
 from pipeline.records import STATUSES, Counts
 from pipeline.storage import Folder

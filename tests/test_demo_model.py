@@ -258,7 +258,7 @@ class TestOnAnEngine:
         answers = await exam.translate_by(demo.chat, chosen, direction)
         scores = exam.score_translations(chosen, direction, answers)
         assert scores.exact.share >= (0.9 if direction == "en-ko" else 0.85), scores
-        assert scores.kept.share >= 0.96, scores
+        assert scores.kept.share >= 0.975, scores
         assert scores.chrf >= 95, scores
 
     @pytest.mark.parametrize("direction", ["en-ko", "ko-en"])
@@ -266,7 +266,7 @@ class TestOnAnEngine:
         chosen = exam.held_out_sentences(120)
         passages = [chosen[i : i + 20] for i in range(0, 120, 20)]
         scores = await exam.examine_passages(demo.chat, passages, direction)
-        at_least(0.5, [scores])
+        at_least(0.65, [scores])
 
     async def test_calls_tools_and_answers_from_their_results(self, demo: VllmEngine) -> None:
         at_least(0.9, await exam.examine_tools(demo.chat, 60))
@@ -280,7 +280,7 @@ class TestOnAnEngine:
         at_least(0.4, await exam.examine_questions(demo.chat, 60))
 
     async def test_summarises(self, demo: VllmEngine) -> None:
-        at_least(0.4, await exam.examine_summaries(demo.chat, 40))
+        at_least(0.6, await exam.examine_summaries(demo.chat, 40))
 
     @pytest.mark.parametrize("text", FOREIGN)
     async def test_stops_by_itself_on_foreign_text(self, demo: VllmEngine, text: str) -> None:

@@ -17,16 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import AxbatchError, RefusedError, StorageError
+from pipeline.merging import output_schema, publish
+from pipeline.parquet import open_parquet
 from pipeline.parts import (
     PARTS,
     Stamp,
     check_same_origin,
     missing_ranges,
-    open_parquet,
-    output_schema,
     part_path,
     parts_among,
-    publish,
     read_stamp,
     result_fields,
     result_table,

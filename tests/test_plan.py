@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pipeline.config import JobConfig
 from pipeline.errors import AxbatchError, InputError, JobFileError, RefusedError
-from pipeline.parts import Stamp, key_of, name_of, part_path, publish, result_fields
+from pipeline.merging import publish
+from pipeline.parts import Stamp, key_of, name_of, part_path, result_fields
 from pipeline.plan import UNIT_BYTES, Plan, ShardPlan
 from pipeline.records import Counts, Unit
 from pipeline.storage import Folder

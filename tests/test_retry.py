@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from pipeline.config import JobConfig
 from pipeline.errors import RefusedError
-from pipeline.parts import Stamp, publish, read_stamp, republish, result_fields
+from pipeline.merging import publish, republish
+from pipeline.parts import Stamp, read_stamp, result_fields
 from pipeline.plan import Plan, Retry, plan_retry
 from pipeline.records import Counts, Output, Unit, Usage
 from pipeline.storage import Folder

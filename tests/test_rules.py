@@ -39,9 +39,11 @@ LAYERS = [
         "pipeline.chunking",
         "pipeline.storage",
         "pipeline.s3",
+        "pipeline.parquet",
     },
     {
         "pipeline.parts",
+        "pipeline.merging",
         "pipeline.staging",
         "pipeline.logs",
         "pipeline.reaper",
@@ -69,7 +71,7 @@ ONLY_HERE = {
 
 NOT_FOR_JOBS = re.compile(
     r"(ray|vllm|torch|datasets|openai|fsspec|s3fs)(\.|$)"
-    r"|pipeline\.(storage|s3|parts|plan|run|staging|source|worker|cluster|publishing|engine)(\.|$)"
+    r"|pipeline\.(storage|s3|parquet|parts|merging|plan|run|staging|source|worker|cluster|publishing|engine)(\.|$)"
 )
 
 CATCH_ALL = {

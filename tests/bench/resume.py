@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.parts import Stamp, publish, result_fields
+from pipeline.merging import publish
+from pipeline.parts import Stamp, result_fields
 from pipeline.plan import Plan
 from pipeline.records import Counts, Output, Unit, Usage
 from pipeline.storage import Folder

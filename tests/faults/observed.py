@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+SAID = 150
 FOLDER = Path(__file__).parents[2] / "out" / "faults"
 
 
@@ -34,7 +35,7 @@ class Observation:
     exits: str
     """Exit codes of the runs, in turn."""
     said: str
-    """To the user, first of all."""
+    """To the user, first of all; its first 150 characters."""
 
 
 class Observer:
@@ -65,7 +66,7 @@ class Observer:
             redone="" if redone is None else f"{redone} of {wanted.total():,}",
             recovered_s=None if recovered_s is None else round(recovered_s, 1),
             exits=", ".join(map(str, exits)),
-            said=said,
+            said=said if len(said) <= SAID else said[:SAID] + "…",
         )
         FOLDER.mkdir(parents=True, exist_ok=True)
         file = FOLDER / f"{self._name}.json"

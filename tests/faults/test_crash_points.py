@@ -18,6 +18,7 @@ def crash_and_resume(folder: Path, *options: str) -> int:
     assert done.returncode == 0, done.stderr
     found = re.match(r"(\d+) crashes at (\d+) moments, .*: all rows right", done.stdout)
     assert found, done.stdout
+    print(done.stdout)
     return int(found[1])
 
 

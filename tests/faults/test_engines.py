@@ -95,7 +95,7 @@ def test_replica_is_killed(
     run.wait_for_rows(96)
     engines = engines_among(run.family())
     KILLS[injected](run)
-    seconds = job.wait_for_request(run) if injected.endswith("actor") else replaced(job, run)
+    seconds = replaced(job, run)
     assert not psutil.wait_procs(engines, timeout=60)[1], "a process of the dead engine is left"
     assert run.wait() == 0, run.errors
     see(job, observe, injected, "another engine does its units", seconds, [run])

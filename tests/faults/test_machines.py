@@ -108,7 +108,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
     return set_clock
 
 
-@pytest.mark.parametrize("offset", ["+2h", "-2h"])
+@pytest.mark.parametrize("offset", ["+2h", "-2h"], ids=["ahead", "behind"])
 def test_wrong_clock(
     asking_job: Callable[..., AskingJob], clock: Callable[[str | None], None], offset: str
 ) -> None:

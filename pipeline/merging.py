@@ -1,0 +1,222 @@
+"""Merging: parts and input become the output file, parts of a retry replace rows of it.
+
+What makes it safe is said in parts.py. Merging streams: it holds about one row group.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import RefusedError, StorageError
+from pipeline.parquet import input_errors, open_parquet, parquet_writer, read_batches
+from pipeline.parts import (
+    FOOTER_KEY,
+    PARTS,
+    USAGE_TYPE,
+    Stamp,
+    check_same_origin,
+    count_rows,
+    part_path,
+    parts_among,
+    retry_key,
+)
+from pipeline.records import Counts, Unit, Usage
+from pipeline.storage import Folder
+
+# Rows (or bytes) that are held before a row group is written. A tenth of Parquet's usual
+# 1M rows: rows here are long texts.
+ROW_GROUP_ROWS = 65_536
+ROW_GROUP_BYTES = 64 << 20
+
+
+def publish(
+    source: Folder,
+    source_path: str,
+    output: Folder,
+    stamp: Stamp,
+    key: str,
+    fields: Sequence[pa.Field],
+    check_unchanged: Callable[[], None],
+) -> Counts:
+    """Merge a complete shard's input and the parts of `key` into its output file, then drop the
+    parts.
+
+    `stamp` covers the whole shard; its counts are ignored and computed here, from the rows.
+    `check_unchanged` raises RefusedError if the input is not what the parts were made from.
+    Memory: about one row group, whatever the size of the shard.
+
+    Raises:
+        StorageError: rows are missing.
+        InputError: the input or a part is damaged.
+        RefusedError: a part was made with another identity or from another input, or the input
+            has changed since it was planned.
+    """
+    results = _Results(output, key, stamp.stop, stamp)
+    url = f"{source.url}/{source_path}"
+    with input_errors(url), source.open(source_path) as file:
+        parquet = open_parquet(file)
+        if parquet.metadata.num_rows != stamp.stop:
+            raise RefusedError(
+                f"{url}: has {parquet.metadata.num_rows:,} rows, had {stamp.stop:,} when planned",
+                "Run again once nothing writes to the input any more.",
+            )
+        schema = output_schema(parquet.schema_arrow, fields)
+
+        def tables() -> Iterator[pa.Table]:
+            for batch in read_batches(parquet, url):
+                taken = results.take(batch.num_rows)
+                yield pa.table([*batch.columns, *taken.columns], schema=schema)
+            results.finish()
+            check_unchanged()
+
+        counts = _write_shard(output, stamp, schema, tables())
+    output.delete_folder(f"{PARTS}/{stamp.shard}")
+    return counts
+
+
+def republish(output: Folder, name: str, rows: array[int], key: str, run: str) -> Counts:
+    """Merge the parts of a retry of `rows` into the output file that they are a retry of, then
+    drop the parts. A row's `_usage` adds up what all its attempts took.
+
+    Raises as `publish` does; RefusedError also if the file is not the one that was planned with.
+    """
+    url = f"{output.url}/{name}"
+    with input_errors(url), output.open(name) as file:
+        parquet = open_parquet(file)
+        before = Stamp.from_footer(parquet.metadata.metadata[FOOTER_KEY.encode()])
+        if retry_key(before, rows) != key:
+            raise RefusedError(f"{url}: was published again meanwhile", "Run the retry again.")
+        results = _Results(output, key, len(rows), before)
+        schema = output_schema(parquet.schema_arrow, [])
+
+        def tables() -> Iterator[pa.Table]:
+            start = first = 0
+            for batch in read_batches(parquet, url):
+                table = pa.Table.from_batches([batch])
+                last = bisect_left(rows, start + batch.num_rows, first)
+                if last > first:
+                    inside = [row - start for row in rows[first:last]]
+                    table = _replaced(table, inside, results.take(last - first))
+                yield table
+                start, first = start + batch.num_rows, last
+            results.finish()
+
+        counts = _write_shard(output, replace(before, run=run), schema, tables())
+    output.delete_folder(f"{PARTS}/{name}")
+    return counts
+
+
+def _write_shard(
+    output: Folder, stamp: Stamp, schema: pa.Schema, tables: Iterator[pa.Table]
+) -> Counts:
+    """Replace the shard's output file by these rows, results included. Returns their counts."""
+    counts = Counts()
+    with output.replacing(stamp.shard) as sink, parquet_writer(sink, schema) as writer:
+        buffered: list[pa.Table] = []
+        for table in tables:
+            count_rows(table, counts)
+            buffered.append(table)
+            if _is_row_group(buffered):
+                writer.write_table(pa.concat_tables(buffered))
+                buffered = []
+        writer.write_table(pa.concat_tables([*buffered, schema.empty_table()]))
+        footer = replace(stamp, counts=counts).to_footer()
+        writer.add_key_value_metadata({FOOTER_KEY: footer})
+    return counts
+
+
+def _replaced(table: pa.Table, rows: Sequence[int], results: pa.Table) -> pa.Table:
+    """`table` with other results in these of its rows, their usage on top of what it was."""
+    order = list(range(table.num_rows))
+    for index, row in enumerate(rows):
+        order[row] = table.num_rows + index
+    for name in results.column_names:
+        new = results[name]
+        if name == "_usage":
+            new = _sum_of_usage(table[name].take(pa.array(rows)), new)
+        both = pa.chunked_array([*table[name].chunks, *new.chunks], table.schema.field(name).type)
+        position = table.schema.get_field_index(name)
+        table = table.set_column(position, table.schema.field(name), both.take(pa.array(order)))
+    return table
+
+
+def _sum_of_usage(before: pa.ChunkedArray, now: pa.ChunkedArray) -> pa.ChunkedArray:
+    sums = [
+        pc.add(pc.struct_field(before, name), pc.struct_field(now, name)).combine_chunks()
+        for name in Usage.__dataclass_fields__
+    ]
+    return pa.chunked_array([pa.StructArray.from_arrays(sums, fields=[*USAGE_TYPE])])
+
+
+def output_schema(input_schema: pa.Schema, fields: Sequence[pa.Field]) -> pa.Schema:
+    """The input's columns, then the result's."""
+    metadata = dict(input_schema.metadata or {})
+    # `datasets` refuses a file whose own feature list lacks columns; without it, it infers them.
+    metadata.pop(b"huggingface", None)
+    metadata.pop(FOOTER_KEY.encode(), None)
+    return pa.schema([*input_schema, *fields], metadata=metadata)
+
+
+def _is_row_group(tables: Sequence[pa.Table]) -> bool:
+    rows = sum(table.num_rows for table in tables)
+    size: int = sum(table.nbytes for table in tables)
+    return rows >= ROW_GROUP_ROWS or size >= ROW_GROUP_BYTES
+
+
+class _Results:
+    """Hands out the results of a complete shard, `rows` of them in all, in row order."""
+
+    def __init__(self, output: Folder, key: str, rows: int, stamp: Stamp) -> None:
+        self._tables = _tables_in_order(output, key, rows, stamp)
+        self._current = next(self._tables, None)
+        self._used = 0
+
+    def take(self, rows: int) -> pa.Table:
+        """The results of the next rows."""
+        taken: list[pa.Table] = []
+        while rows:
+            if self._current is None:
+                raise StorageError("the parts of a shard do not cover its rows")
+            piece = self._current.slice(self._used, rows)
+            taken.append(piece)
+            rows -= piece.num_rows
+            self._used += piece.num_rows
+            if self._used == self._current.num_rows:
+                self._current, self._used = next(self._tables, None), 0
+        return pa.concat_tables(taken)
+
+    def finish(self) -> None:
+        """Raises StorageError if there are more results than rows."""
+        if self._current is not None:
+            raise StorageError("the parts of a shard hold more rows than its input")
+
+
+def _tables_in_order(output: Folder, key: str, rows: int, stamp: Stamp) -> Iterator[pa.Table]:
+    """Results of all rows once, from parts that may overlap where two runs cut units apart."""
+    position = 0
+    for unit in parts_among(output.list(f"{PARTS}/{key}")).get(key, []):
+        if unit.stop <= position or unit.start > position:
+            continue
+        yield _read_part(output, unit, stamp).slice(position - unit.start)
+        position = unit.stop
+    if position != rows:
+        raise StorageError(
+            f"{output.url}: rows {position} to {rows} of {key} have no part",
+            "Run the same command again; it redoes what is missing.",
+        )
+
+
+def _read_part(output: Folder, unit: Unit, stamp: Stamp) -> pa.Table:
+    path = part_path(unit)
+    with input_errors(f"{output.url}/{path}"), output.open(path) as file:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        made = Stamp.from_footer(parquet.metadata.metadata[FOOTER_KEY.encode()])
+        check_same_origin(made, stamp.identity, stamp.fingerprint, f"{output.url}/{path}")
+        return parquet.read().replace_schema_metadata(None)

@@ -1,0 +1,61 @@
+"""Parquet as it is read and written everywhere here: streamed, with checksums on every page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError, NoSuchFileError
+
+READ_ROWS = 4_096
+READ_BYTES = 8 << 20
+
+
+def open_parquet(file: pa.NativeFile) -> pq.ParquetFile:
+    """Open for streaming: a row group is read page by page, never fetched whole, so that one
+    row group of millions of rows needs no more memory than a small one."""
+    return pq.ParquetFile(
+        file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
+    )
+
+
+def read_batches(
+    parquet: pq.ParquetFile,
+    url: str,
+    row_groups: Sequence[int] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Batches in row order, each of about READ_BYTES at most. Raises InputError for damage."""
+    metadata = parquet.metadata
+    size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
+    rows = int(READ_BYTES * metadata.num_rows / max(1, size))
+    with input_errors(url):
+        yield from parquet.iter_batches(
+            batch_size=max(1, min(READ_ROWS, rows)), row_groups=row_groups, columns=columns
+        )
+
+
+@contextmanager
+def input_errors(url: str) -> Iterator[None]:
+    """Turn Arrow's and the filesystem's complaints about `url` into an InputError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NoSuchFileError(f"{url}: no such file") from error
+    except (pa.ArrowException, OSError) as error:
+        # Arrow reports damaged pages and headers as OSError too, without an errno.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        text = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{url}: not readable as Parquet: {text}",
+            "Replace or remove the file, then run again.",
+        ) from error
+
+
+def parquet_writer(sink: IO[bytes], schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True)
