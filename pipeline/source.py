@@ -100,8 +100,9 @@ def read_units(
                 start, end = _count(selected, row), _count(selected, row + batch.num_rows)
                 counted = batch
                 if selected is not None:
-                    inside = [position - row for position in selected[start:end]]
-                    counted = batch.take(pa.array(inside, pa.int64()))
+                    # Not `take`, which some types don't have (string_view).
+                    rows = [batch.slice(position - row, 1) for position in selected[start:end]]
+                    counted = pa.concat_batches(rows) if rows else batch.slice(0, 0)
                 row += batch.num_rows
                 while unit.start < end:
                     first, last = max(unit.start, start) - start, min(unit.stop, end) - start

@@ -83,6 +83,17 @@ def test_units_of_selected_rows_hold_exactly_these(
         assert rows["tags"].to_pylist() == [[str(n)] * (n % 3) for n in rows["id"].to_pylist()]
 
 
+def test_selected_rows_may_be_of_a_type_that_arrow_cannot_take_from(
+    tmp_path: Path, write_parquet: Write
+) -> None:
+    texts = pa.array([str(row) for row in range(10)], pa.string_view())
+    write_parquet(tmp_path / "a.parquet", {"text": texts})
+    units, selected = [Unit("a/0", 0, 2)], array("q", [3, 7])
+    [(_, rows)] = read_units(Folder(str(tmp_path)), "a.parquet", ["text"], units, selected)
+    assert rows["text"].type == pa.string_view()
+    assert rows["text"].to_pylist() == ["3", "7"]
+
+
 @given(st.integers(0, ROWS - 1), st.integers(1, 50))
 def test_unit_comes_back_whole_from_its_row(start: int, size: int) -> None:
     unit = Unit("뉴스/a.parquet", start, min(ROWS, start + size))
