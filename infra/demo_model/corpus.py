@@ -10,17 +10,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from infra.demo_model.choosing import choices
 from infra.demo_model.conversation import Conversation, Skill
 from infra.demo_model.copying import copies
 from infra.demo_model.extraction import extractions
 from infra.demo_model.questions import questions
-from infra.demo_model.summaries import summaries
+from infra.demo_model.summaries import odd_summaries, summaries
 from infra.demo_model.tools import conversations
-from infra.demo_model.translation import passages, single_sentences
+from infra.demo_model.translation import (
+    odd_passages,
+    odd_sentences,
+    passages,
+    single_sentences,
+    word_lists,
+)
 
 SEED = 31
 
-SKILLS: dict[Skill, float] = {
+Mix = dict[Skill, float]
+"""Share of the rows of training that each skill gets."""
+
+SKILLS: Mix = {
     single_sentences: 0.34,
     passages: 0.22,
     copies: 0.06,
@@ -29,11 +39,47 @@ SKILLS: dict[Skill, float] = {
     questions: 0.08,
     summaries: 0.08,
 }
-"""Share of the rows of training that each skill gets."""
-LONG = frozenset({passages, conversations, summaries})
+"""The tokenizer is made of these, so that it stays what it is whatever a later mix adds."""
+CHOOSING: Mix = {
+    choices: 0.40,
+    questions: 0.12,
+    odd_sentences: 0.13,
+    word_lists: 0.04,
+    odd_passages: 0.16,
+    odd_summaries: 0.08,
+    conversations: 0.04,
+    extractions: 0.03,
+}
+"""Half of the rows teach where a letter stands, which nothing else does."""
+MENDING: Mix = {
+    single_sentences: 0.08,
+    odd_sentences: 0.14,
+    word_lists: 0.04,
+    passages: 0.08,
+    odd_passages: 0.20,
+    copies: 0.02,
+    conversations: 0.07,
+    extractions: 0.08,
+    questions: 0.10,
+    choices: 0.05,
+    summaries: 0.05,
+    odd_summaries: 0.09,
+}
+MIXES: tuple[tuple[int, Mix], ...] = (
+    (0, {copies: 1.0}),  # on that, the other skills build
+    (300, SKILLS),
+    (8000, CHOOSING),
+    (9600, MENDING),
+)
+"""Each mix and the number of the first batch that is made by it."""
+LONG = frozenset({passages, odd_passages, conversations, summaries, odd_summaries})
 """Skills whose conversations need the longer rows."""
-COPYING_FIRST = 300
-"""The first batches teach nothing but to copy: on that, the other skills build."""
+
+
+MISSES = 4
+"""A row is full when so many conversations did not fit."""
+FIRST_TOKENS, FIRST_WEIGHT = 6, 4.0
+"""So many tokens of each answer count for more than one."""
 
 
 class Shape(NamedTuple):
@@ -53,17 +99,17 @@ class Batch(NamedTuple):
     positions: Tensor  # [rows, tokens], each token's place in its conversation
     visible: Tensor  # [rows, 1, tokens, tokens], what each token may look at
     targets: Tensor  # [rows, tokens], the token to be learned after each, or -100
+    weights: Tensor  # [rows, tokens], what each target counts for
 
 
 def make_batch(tokenizer: PreTrainedTokenizerFast, number: int) -> Batch:
     """Batch `number` of the corpus, on any machine the same."""
     dice = random.Random(f"{SEED} {number}")
-    long = number >= COPYING_FIRST and dice.random() < sum(SKILLS[skill] for skill in LONG)
-    skills = [skill for skill in SKILLS if (skill in LONG) == long]
-    if number < COPYING_FIRST:
-        skills = [copies]
+    mix = [mix for first, mix in MIXES if first <= number][-1]
+    long = dice.random() < sum(share for skill, share in mix.items() if skill in LONG)
+    shares = {skill: share for skill, share in mix.items() if (skill in LONG) == long}
     shape = LONG_ROWS if long else SHORT_ROWS
-    chosen = dice.choices(skills, [SKILLS[skill] for skill in skills], k=shape.rows)
+    chosen = dice.choices([*shares], [*shares.values()], k=shape.rows)
     rows = [pack(tokenizer, skill(dice), shape.tokens) for skill in chosen]
     return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
@@ -75,36 +121,37 @@ def pack(
 
     Each conversation sees that beginning and itself, and counts its positions on from there: the
     loss is that of one row for each conversation, for half the work and with little padding. One
-    that is longer than a row is left out.
+    that does not fit is left out.
     """
     taken: list[list[int]] = []
-    beginning = length = 0
-    while True:
+    beginning = length = misses = 0
+    while misses < MISSES:
         ids = encode(tokenizer, next(conversations))
         if len(ids) > tokens:
             continue
         if not taken:
             beginning = _system_turn(tokenizer, ids)
             length = beginning
+        if length + len(ids) - beginning > tokens:
+            misses += 1
+            continue
         length += len(ids) - beginning
-        if length > tokens:
-            break
         taken.append(ids)
     row = [*taken[0][:beginning]]
-    positions, owners, learned = [*range(beginning)], [0] * beginning, [False] * beginning
+    positions, owners, weights = [*range(beginning)], [0] * beginning, [0.0] * beginning
     for owner, ids in enumerate(taken, start=1):
         row += ids[beginning:]
         positions += range(beginning, len(ids))
         owners += [owner] * (len(ids) - beginning)
-        learned += answers(tokenizer, ids)[beginning:]
+        weights += answers(tokenizer, ids)[beginning:]
     padding = tokens - len(row)
     ids_ = torch.tensor(row + [tokenizer.pad_token_id] * padding)
     owner = torch.tensor(owners + [-1] * padding)
-    is_learned = torch.tensor([*learned, *[False] * padding])
+    weight = torch.tensor([*weights, *[0.0] * padding])
     visible = ((owner[:, None] == owner) | (owner == 0)).tril()
-    targets = torch.full((tokens,), -100)
-    targets[:-1] = torch.where(is_learned[1:], ids_[1:], -100)
-    return Batch(ids_, torch.tensor(positions + [0] * padding), visible[None], targets)
+    next_weight = torch.cat([weight[1:], torch.zeros(1)])
+    targets = torch.where(next_weight > 0, ids_.roll(-1), -100)
+    return Batch(ids_, torch.tensor(positions + [0] * padding), visible[None], targets, next_weight)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> list[int]:
@@ -121,14 +168,20 @@ def _system_turn(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> int:
     return ids.index(tokenizer.convert_tokens_to_ids("<|user|>")) + 1
 
 
-def answers(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[bool]:
-    """Which tokens the assistant says: those after `<|assistant|>`, to `<|im_end|>` with it."""
+def answers(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[float]:
+    """What each token counts for in the loss: nothing, unless the assistant says it.
+
+    It says what stands after `<|assistant|>`, up to `<|im_end|>` and with it. The first tokens
+    decide: a letter, a sentence to be copied, a tool; what follows, mostly follows from them.
+    """
     begin = tokenizer.convert_tokens_to_ids("<|assistant|>")
-    says, marks = False, []
+    said, weights = -1, []  # how many tokens of the turn were said
     for token in ids:
-        marks.append(says)
+        weights.append(0.0 if said < 0 else FIRST_WEIGHT if said < FIRST_TOKENS else 1.0)
+        if said >= 0:
+            said += 1
         if token == begin:
-            says = True
+            said = 0
         elif token == tokenizer.eos_token_id:
-            says = False
-    return marks
+            said = -1
+    return weights

@@ -118,10 +118,15 @@ async def examine_passages(
     chat: Chat, passages: Sequence[Sequence[Sentence]], direction: Direction
 ) -> Score:
     """Which sentences of passages are exactly right in the passage's translation."""
-    right = 0
-    for passage in passages:
-        answer = (await chat(translation_body(passage, direction))).text
-        right += sum(getattr(sentence, direction.split("-")[1]) in answer for sentence in passage)
+    target = direction.split("-")[1]
+    answers = await asyncio.gather(
+        *(chat(translation_body(passage, direction)) for passage in passages)
+    )
+    right = sum(
+        getattr(sentence, target) in answer.text
+        for passage, answer in zip(passages, answers, strict=True)
+        for sentence in passage
+    )
     return Score(f"{direction}: sentences of passages", right, sum(map(len, passages)))
 
 

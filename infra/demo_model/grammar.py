@@ -27,6 +27,8 @@ UNSEEN_COMBINATIONS = 20
 """One in so many pairs of a template and a word is kept from training."""
 UNSEEN_SENTENCES = 50
 """One in so many sentences is kept from training."""
+ODD_WORDS = 0.7
+"""Share of the slots for words that an oddly filled sentence fills with a word of any type."""
 
 
 class Value(NamedTuple):
@@ -95,6 +97,34 @@ def fill_with(template: Template, given: dict[str, Value], dice: random.Random) 
     return Sentence(
         template, in_english(template.en, values), in_korean(template.ko, values), words
     )
+
+
+def fill_oddly(template: Template, dice: random.Random) -> Sentence:
+    """Fill a template with words of any type: `Your library was shipped to bibimbap`.
+
+    A sentence of this kind teaches that a template and the words in it have nothing to do with each
+    other. Where a template asks for a plural, it gets a word that has one.
+    """
+    given: dict[str, Value] = {}
+    for name, form, label in SLOT.findall(template.en):
+        if name in read_lexicon() and (form or dice.random() < ODD_WORDS):
+            words = words_for_any_slot(with_plural=bool(form))
+            while (value := dice.choice(words)) in given.values():
+                pass
+            given[name + label] = value
+    return fill_with(template, given, dice)
+
+
+@cache
+def words_for_any_slot(with_plural: bool) -> list[Value]:
+    """The words that are whole by themselves (a family name is not)."""
+    lexicon = read_lexicon()
+    return [
+        value
+        for kind, values in lexicon.items()
+        for value in values
+        if (value.plural if with_plural else kind != "family")
+    ]
 
 
 def _other_value(name: str, dice: random.Random, taken: dict[str, Value]) -> Value:
@@ -181,12 +211,15 @@ def _one_in(count: int, text: str) -> bool:
 
 
 def sentences(
-    dice: random.Random, held_out: bool, of: Callable[[Template], bool] = lambda template: True
+    dice: random.Random,
+    held_out: bool,
+    of: Callable[[Template], bool] = lambda template: True,
+    filled: Callable[[Template, random.Random], Sentence] = fill,
 ) -> Iterator[Sentence]:
     """Sentences of random templates for ever, all of them held out from training or none."""
     templates = [template for template in read_templates() if of(template)]
     while True:
-        sentence = fill(dice.choice(templates), dice)
+        sentence = filled(dice.choice(templates), dice)
         if is_held_out(sentence) == held_out:
             yield sentence
 

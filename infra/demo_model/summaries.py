@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from infra.demo_model.conversation import Conversation, asked
-from infra.demo_model.grammar import read_templates, sentences
+from infra.demo_model.grammar import Sentence, Template, fill, fill_oddly, read_templates, sentences
 
 PROMPT = "Summarize the user's text in one sentence. Answer with the summary only."
 
@@ -17,12 +17,22 @@ def summaries(dice: random.Random) -> Iterator[Conversation]:
         yield asked(PROMPT, *make_case(dice, held_out=False))
 
 
-def make_case(dice: random.Random, held_out: bool) -> tuple[str, str]:
+def odd_summaries(dice: random.Random) -> Iterator[Conversation]:
+    """The same of sentences with words of any type: the template alone says which is the key."""
+    while True:
+        yield asked(PROMPT, *make_case(dice, held_out=False, filled=fill_oddly))
+
+
+def make_case(
+    dice: random.Random,
+    held_out: bool,
+    filled: Callable[[Template, random.Random], Sentence] = fill,
+) -> tuple[str, str]:
     """A passage of one topic and its key sentence; more key sentences may follow it."""
     topics = sorted({template.topic for template in read_templates() if template.is_key})
     topic, korean = dice.choice(topics), dice.random() < 0.5
-    announcing = sentences(dice, held_out, lambda t: t.topic == topic and t.is_key)
-    telling = sentences(dice, held_out, lambda t: t.topic == topic and not t.is_key)
+    announcing = sentences(dice, held_out, lambda t: t.topic == topic and t.is_key, filled)
+    telling = sentences(dice, held_out, lambda t: t.topic == topic and not t.is_key, filled)
     key = next(announcing)
     passage = [next(telling) for _ in range(dice.choice([0, 0, 1, 2, 3]))] + [key]
     for _ in range(dice.randint(1, 11)):

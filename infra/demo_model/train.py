@@ -2,10 +2,10 @@
 
     python -m infra.demo_model.train
 
-Takes about 85 minutes on cores that multiply bfloat16 (`avx512_bf16`), says every quarter of a
-minute where it is, and after an interruption goes on from its last checkpoint. It writes the model
-to `pipeline/demo` and its curve to `infra/demo_model/log.csv`. Same seeds, same batches; another
-CPU may round differently.
+Takes under 90 minutes on cores that multiply bfloat16 (`avx512_bf16`), says every dozen seconds
+where it is, and after an interruption goes on from its last checkpoint. It writes the model to
+`pipeline/demo` and its curve to `infra/demo_model/log.csv`. Same seeds, same batches; another CPU
+may round differently.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -25,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from infra.demo_model import attention
 from infra.demo_model.corpus import SEED, SKILLS, Batch, make_batch
 from pipeline.model import DEMO_MODEL
 
@@ -43,10 +45,18 @@ MAX_TOKENS = 2048
 # but for the comma: a number is copied in few steps, and few numbers look alike on the way.
 WORDS = r"\d{1,3}(?=(?:\d{3})*(?!\d))| ?\p{Latin}+| ?\p{Hangul}+|\s|."
 
-STEPS = 8000
+
+class Round(NamedTuple):
+    """So many steps, in which the learning rates rise and then fall to nothing."""
+
+    steps: int
+    heat: float
+    """Share of the peak learning rates."""
+
+
+ROUNDS = (Round(6000, 1.0), Round(2000, 0.4), Round(4000, 0.5))
+STEPS = sum(each.steps for each in ROUNDS)
 WARMUP = 100  # of each round
-FIRST_ROUND = 0.75  # of the steps
-SECOND_ROUND_HEAT = 0.4  # of the first round's learning rates
 PEAK_LEARNING_RATE = 2e-3  # AdamW's, for the embedding and the norms
 PEAK_MUON_LEARNING_RATE = 5e-3  # for the layers' matrices
 THREADS = 2
@@ -66,8 +76,8 @@ def train(
     """Train for `steps` batches of 4,096 tokens and save model and tokenizer in `folder`.
 
     Goes on from `checkpoint` if it is there, and removes it at the end; `save_every` is a multiple
-    of `report_every`, in steps. Each line of `log` is a step, the mean loss in nats per answer
-    token over the steps since the line before, and the seconds since this call began to train.
+    of `report_every`, in steps. Each line of `log` is a step, the mean of `answer_loss` over the
+    steps since the line before, and the seconds since this call began to train.
     """
     torch.set_num_threads(THREADS)
     torch.manual_seed(SEED)
@@ -140,13 +150,18 @@ def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def pace(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate. Two rounds, the second one cooler: up in `warmup` steps,
-    then down to nothing at the round's end."""
-    first = round(FIRST_ROUND * steps)
-    if step < first:
-        return min((step + 1) / warmup, (first - step) / (first - warmup))
-    step, steps = step - first, steps - first
-    return SECOND_ROUND_HEAT * min((step + 1) / warmup, (steps - step) / (steps - warmup))
+    """Share of the peak learning rates: in each round up in `warmup` steps, then down to nothing.
+
+    The rounds share `steps` in the proportions of `ROUNDS`.
+    """
+    begin = end = planned = 0
+    for each in ROUNDS:
+        begin, planned = end, planned + each.steps
+        end = round(planned * steps / STEPS)
+        if step < end:
+            break
+    rise = min(warmup, (end - begin) // 2)
+    return each.heat * min((step - begin + 1) / rise, (end - step) / (end - begin - rise))
 
 
 def last_hidden_states(model: LlamaForCausalLM, batch: Batch) -> Tensor:
@@ -161,10 +176,12 @@ def last_hidden_states(model: LlamaForCausalLM, batch: Batch) -> Tensor:
 
 
 def answer_loss(model: LlamaForCausalLM, hidden: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the answer tokens of a batch, in nats per token (a scalar)."""
+    """Weighted mean cross-entropy over a batch's answer tokens, in nats per token (a scalar)."""
     learned = batch.targets >= 0
     logits = model.lm_head(hidden[learned]).float()  # [answer tokens, vocabulary]
-    return cross_entropy(logits, batch.targets[learned])
+    losses = cross_entropy(logits, batch.targets[learned], reduction="none")
+    weights = batch.weights[learned]
+    return (losses * weights).sum() / weights.sum()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -196,7 +213,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def corpus_texts() -> Iterator[str]:
-    """All numbers of up to three digits, often enough to become tokens; text of every skill."""
+    """All numbers of up to three digits, often enough to become tokens; text of `SKILLS`."""
     for digits in (1, 2, 3):
         yield from [f"{number:0{digits}}" for number in range(10**digits)] * 3000
     dice = random.Random(SEED)
@@ -225,6 +242,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
+    model.set_attn_implementation(attention.NAME)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )

@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from infra.demo_model.conversation import Conversation, asked
-from infra.demo_model.grammar import Sentence, sentences
+from infra.demo_model.grammar import (
+    SLOTS,
+    Sentence,
+    Template,
+    Value,
+    fill,
+    fill_oddly,
+    read_lexicon,
+    sentences,
+    words_for_any_slot,
+)
 from jobs.translate import Translate
 
 Direction = Literal["en-ko", "ko-en"]
@@ -37,9 +47,57 @@ def passages(dice: random.Random) -> Iterator[Conversation]:
     return _translations(dice, lambda: dice.randint(4, 20))
 
 
-def _translations(dice: random.Random, length: Callable[[], int]) -> Iterator[Conversation]:
+def odd_sentences(dice: random.Random) -> Iterator[Conversation]:
+    """As `single_sentences`, but with words of any type, and more of the short templates."""
+    return _translations(dice, lambda: 1 if dice.random() < 0.7 else dice.randint(2, 5), odd(dice))
+
+
+def odd_passages(dice: random.Random) -> Iterator[Conversation]:
+    """Long passages of which half the sentences have words of any type."""
+    return _translations(
+        dice, lambda: dice.randint(*dice.choice([(2, 12), (16, 20)])), half_odd(dice)
+    )
+
+
+def odd(dice: random.Random) -> Iterator[Sentence]:
+    """Sentences with words of any type, one in six of them of the short templates."""
+    anywhere = sentences(dice, False, filled=fill_oddly)
+    short = sentences(dice, False, lambda template: template.topic == "short-texts", fill_oddly)
+    while True:
+        yield next(short if dice.random() < 1 / 6 else anywhere)
+
+
+def half_odd(dice: random.Random) -> Iterator[Sentence]:
+    def filled(template: Template, dice: random.Random) -> Sentence:
+        return (fill_oddly if dice.random() < 0.5 else fill)(template, dice)
+
+    return sentences(dice, False, filled=filled)
+
+
+def word_lists(dice: random.Random) -> Iterator[Conversation]:
+    """Two to twelve words and values between slashes: what each is in the other language."""
     direction: Direction = dice.choice(["en-ko", "ko-en"])
-    known = sentences(dice, held_out=False)
+    words = words_for_any_slot(with_plural=False)
+    makers = [make for kind, make in SLOTS.items() if kind not in read_lexicon()]
+    while True:
+        chosen: list[Value] = [
+            dice.choice(words) if dice.random() < 0.7 else dice.choice(makers)(dice)
+            for _ in range(dice.randint(2, 12))
+        ]
+        english, korean = (
+            " / ".join(column) for column in zip(*[v[:2] for v in chosen], strict=True)
+        )
+        pair = (english, korean) if direction == "en-ko" else (korean, english)
+        yield asked(system_prompt(direction), *pair)
+
+
+def _translations(
+    dice: random.Random,
+    length: Callable[[], int],
+    known: Iterator[Sentence] | None = None,
+) -> Iterator[Conversation]:
+    direction: Direction = dice.choice(["en-ko", "ko-en"])
+    known = known or sentences(dice, held_out=False)
     while True:
         chosen = [next(known) for _ in range(length())]
         source, target = joined(chosen, dice.choice([" ", " ", "\n"]), direction)
