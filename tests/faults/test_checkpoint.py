@@ -182,6 +182,14 @@ def test_7_changed_job_is_refused(tmp_path: Path, server: OpenAIServer, change: 
     assert job.is_whole()
 
 
+def test_7_job_that_has_no_results_yet_may_be_changed(tmp_path: Path, server: OpenAIServer) -> None:
+    job = QuickJob(tmp_path, server)
+    away = job.start("run", "--set", "model.base_url=http://127.0.0.1:9/v1")
+    assert away.wait() == 1
+    summary = job.run("--set", "task.instructions=Be brief.")
+    assert summary["job"]["statuses"]["ok"] == ROWS
+
+
 def test_8_failed_row_is_not_done(tmp_path: Path, server: OpenAIServer) -> None:
     """There: it is recorded as done, and after mending the cause a rerun does nothing."""
     job = QuickJob(tmp_path, server)
