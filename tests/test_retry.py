@@ -171,7 +171,7 @@ def test_parts_that_outlived_their_retry_are_never_merged_again(
 
 
 def bracketed(body: Body) -> Reply:
-    return answer(f"<{text_of(body)}>")
+    return answer(f"[{text_of(body)}]")
 
 
 def fail_on_bad(body: Body) -> Reply:
@@ -223,7 +223,7 @@ def test_retry_asks_for_the_failed_rows_alone_and_mends_them(
     assert summary["job"] == job.verify()
     assert summary["job"]["statuses"] == {"ok": 44, "rejected": 1, "failed": 0}
     assert pq.read_table(job.output / "a.parquet")["ko"].to_pylist() == [
-        text and f"<{text}>" for text in texts
+        text and f"[{text}]" for text in texts
     ]
     assert (job.output / "b.parquet").read_bytes() == untouched
     again = job.start("retry")
