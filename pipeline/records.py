@@ -62,11 +62,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Completion:
-    """An engine's answer to one chat body: OpenAI's `choices[0]` and `usage`."""
+    """An engine's answer to one chat body: OpenAI's `choices[0]`, the tokens, and the whole."""
 
     message: Message
     finish_reason: str
     usage: Usage
+    body: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The whole `chat.completion` object, as the API's server would send it."""
 
     @property
     def text(self) -> str:

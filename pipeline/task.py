@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -26,6 +26,15 @@ class Generate(Protocol):
         Raises RowRejected where the request can't be done as asked (too long, say) and RowFailed
         where the engine failed; a task may let both pass: they become the row's status.
         """
+        ...
+
+    async def send(self, body: Mapping[str, Any]) -> Completion:
+        """Ask with a whole chat body as it is: nothing of the job file's sampling is added."""
+        ...
+
+    def clean(self, value: Any) -> Any:
+        """Text that a task has decoded itself (JSON in a column, say), made as safe as that in
+        the row is already."""
         ...
 
     @property

@@ -163,7 +163,7 @@ class Worker:
     async def _run_row(self, row: Row | RowError) -> Output:
         """One row's output, whatever happens to it. What concerns all rows passes: EngineGone,
         and every AxbatchError that is no RowError."""
-        generate = EngineGenerate(self._engine, self._sampling)
+        generate = EngineGenerate(self._engine, self._sampling, self._clean)
         try:
             if isinstance(row, RowError):
                 raise row
@@ -203,16 +203,20 @@ class Worker:
 class EngineGenerate:
     """One row's `generate` (see task.Generate), and what it has cost."""
 
-    def __init__(self, engine: Engine, sampling: Mapping[str, Any]) -> None:
+    def __init__(self, engine: Engine, sampling: Mapping[str, Any], clean: RowText) -> None:
         self._engine = engine
         self._sampling = sampling
+        self.clean = clean
         self.usage = Usage()
         self.count_tokens = engine.count_tokens
         self.max_model_len = engine.max_model_len
         self.max_tokens = int(sampling["max_tokens"])
 
     async def __call__(self, messages: list[Message], **body: Any) -> Completion:
-        completion = await self._engine.chat({"messages": messages, **self._sampling, **body})
+        return await self.send({"messages": messages, **self._sampling, **body})
+
+    async def send(self, body: Mapping[str, Any]) -> Completion:
+        completion = await self._engine.chat(body)
         self.usage += completion.usage
         return completion
 

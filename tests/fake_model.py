@@ -31,7 +31,9 @@ class FakeModel:
         text = messages[-1]["content"]
         answer = self.answer(text) if callable(self.answer) else self.answer
         content, reason = answer if isinstance(answer, tuple) else (answer, self.finish_reason)
-        return Completion({"role": "assistant", "content": content}, reason, Usage(1, 9, 0, 7))
+        message: Message = {"role": "assistant", "content": content}
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        return Completion(message, reason, Usage(1, 9, 0, 7), {"choices": [choice]})
 
     def count_tokens(self, text: str) -> int:
         self.counted.append(text)

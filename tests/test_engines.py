@@ -16,6 +16,7 @@ from pipeline.engine.http import HttpEngine
 from pipeline.errors import EngineError, JobFileError, RowError, RowFailed, RowRejected
 from pipeline.model import DEMO_MODEL
 from pipeline.records import Completion, Usage
+from pipeline.tokens import RowText
 from pipeline.worker import EngineGenerate
 from tests.openai_server import OpenAIServer, Reply, answer, error, serving
 
@@ -306,7 +307,7 @@ def test_ranks_never_share_a_core_while_there_are_enough(held: set[int], ranks: 
 
 
 async def test_a_rows_usage_is_the_sum_of_its_requests_also_of_those_at_once() -> None:
-    generate = EngineGenerate(echo(seconds_per_request=0.001), {"max_tokens": 5})
+    generate = EngineGenerate(echo(seconds_per_request=0.001), {"max_tokens": 5}, RowText())
     await asyncio.gather(*(generate([{"role": "user", "content": "a b"}]) for _ in range(20)))
     assert generate.usage == Usage(20, 40, 0, 40)
     assert (generate.max_tokens, generate.max_model_len) == (5, 32_768)

@@ -38,7 +38,7 @@ class EchoOptions(Section):
 
 
 class EchoEngine:
-    """Deterministic; never fails."""
+    """Deterministic; rejects what is no chat body or too long."""
 
     control_tokens: Sequence[str] = ()
 
@@ -53,9 +53,10 @@ class EchoEngine:
 
     async def chat(self, body: Mapping[str, Any]) -> Completion:
         options = self._options
-        answer = str(body["messages"][-1]["content"])
+        texts = _texts(body)
+        answer = texts[-1]
         words = answer.split()
-        prompt = sum(len(str(message["content"]).split()) for message in body["messages"])
+        prompt = sum(len(text.split()) for text in texts)
         if prompt + 1 > options.max_model_len:
             raise RowRejected(f"too_long: {prompt} tokens of {options.max_model_len}")
         limit = min(int(body.get("max_tokens", len(words))), options.max_model_len - prompt)
@@ -71,8 +72,31 @@ class EchoEngine:
         if seconds:
             async with self._slots:
                 await asyncio.sleep(seconds)  # the cost model, not synchronisation
+        message = {"role": "assistant", "content": answer}
         return Completion(
-            {"role": "assistant", "content": answer},
+            message,
             finish_reason,
             Usage(1, prompt, 0, completion),
+            {
+                "id": "chatcmpl-echo",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "echo",
+                "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+                "usage": {
+                    "prompt_tokens": prompt,
+                    "completion_tokens": completion,
+                    "total_tokens": prompt + completion,
+                },
+            },
         )
+
+
+def _texts(body: Mapping[str, Any]) -> list[str]:
+    """The content of every message. Raises RowRejected where a body has none."""
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise RowRejected("bad_request: `messages` must be a list of messages")
+    if not all(isinstance(message, dict) for message in messages):
+        raise RowRejected("bad_request: a message must be an object")
+    return [str(message.get("content") or "") for message in messages]

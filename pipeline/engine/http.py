@@ -76,7 +76,7 @@ class HttpEngine:
         known = {"messages", "temperature", "max_tokens", "top_p", "seed", "stop",
                  "presence_penalty", "frequency_penalty"}  # fmt: skip
         named = {key: value for key, value in body.items() if key in known}
-        extra = {key: value for key, value in body.items() if key not in known}
+        extra = {key: value for key, value in body.items() if key not in known | {"model"}}
         try:
             async with self._slots:
                 answer = await self._client.chat.completions.create(
@@ -109,6 +109,7 @@ class HttpEngine:
                 (details.cached_tokens or 0) if details else 0,
                 usage.completion_tokens if usage else 0,
             ),
+            answer.model_dump(mode="json"),
         )
 
 

@@ -81,7 +81,7 @@ class VllmEngine:
 
         serving = self._serving or await self._start_serving()
         try:
-            request = ChatCompletionRequest(model=self._args.model, **body)
+            request = ChatCompletionRequest(**{**body, "model": self._args.model})
             response = await self._unless_silent(serving.create_chat_completion(request))
         except self._dead as error:
             raise EngineGone(_first_line(error)) from error
@@ -95,12 +95,14 @@ class VllmEngine:
             if response.error.code >= 500:
                 raise RowFailed(f"engine_error: {response.error.message[:200]}")
             _refuse(response.error.message)
-        choice, usage = response.choices[0], response.usage
+        usage, answer = response.usage, response.model_dump(mode="json")
         cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+        choice = answer["choices"][0]
         return Completion(
-            choice.message.model_dump(exclude_none=True),
-            choice.finish_reason,
+            {key: value for key, value in choice["message"].items() if value is not None},
+            choice["finish_reason"],
             Usage(1, usage.prompt_tokens, cached or 0, usage.completion_tokens or 0),
+            answer,
         )
 
     def _listen(self) -> None:
