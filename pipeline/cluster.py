@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, ModelConfig
 from pipeline.errors import ClusterError, ModelError
 from pipeline.plan import Plan
 from pipeline.ray_settings import cluster_address
 from pipeline.records import Receipt
 from pipeline.signals import catch_signals
 from pipeline.source import UnitSource
-from pipeline.worker import Worker, WorkerSpec, decode_receipt
+from pipeline.worker import Resources, Worker, WorkerSpec, decode_receipt
 
 # Read tasks and publishing beside the engines; engines reserve all the cores that they compute on.
 PLUMBING_CPUS = 1
@@ -38,23 +38,10 @@ NO_PROGRESS_TIMEOUT_S = 24 * 3600
 """Ray Data's own 30 minutes would end a job whose units are slow or whose engine is large."""
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one replica reserves."""
-
-    gpus: int
-    cpus: int
-
-
 @contextmanager
-def ray_cluster(job: JobConfig) -> Iterator[Resources]:
+def ray_cluster(job: JobConfig) -> Iterator[None]:
     """Connect to `cluster.address` or RAY_ADDRESS, else start Ray on this machine; on leaving,
-    disconnect or stop it. Yields what a replica reserves there.
-
-    Raises:
-        ClusterError: no cluster at the address, or too little room for the replicas.
-        ModelError: one replica needs more than the largest machine has.
-    """
+    disconnect or stop it. Raises ClusterError if there is no cluster at the address."""
     address = cluster_address(job)
     if address:
         _check_reachable(address)
@@ -79,10 +66,16 @@ def ray_cluster(job: JobConfig) -> Iterator[Resources]:
         ) from error
     catch_signals()  # ray.init put its own handler of SIGTERM in place of ours
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield _replica_resources(job, nodes)
+        yield
     finally:
-        ray.shutdown()
+        # Should the garbage collector, which may run in any thread, find one of Ray's references
+        # while Ray goes down, Ray ends this process without a word.
+        gc.collect()
+        gc.disable()
+        try:
+            ray.shutdown()
+        finally:
+            gc.enable()
 
 
 def _check_reachable(address: str) -> None:
@@ -103,8 +96,15 @@ def _local_cpus(job: JobConfig) -> int:
     return max(cores, (job.cluster.cpus_per_replica or 1) * job.cluster.range.max)
 
 
-def _replica_resources(job: JobConfig, nodes: list[dict[str, float]]) -> Resources:
-    model, replicas = job.model, job.cluster.range
+def replica_resources(job: JobConfig, model: ModelConfig) -> Resources:
+    """What a replica with this model reserves on the cluster that we are connected to.
+
+    Raises:
+        ClusterError: there is too little room for the replicas.
+        ModelError: one replica needs more than the largest machine has.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    replicas = job.cluster.range
     if model.backend != "vllm":
         return Resources(gpus=0, cpus=job.cluster.cpus_per_replica or 1)
     world = model.world_size
@@ -136,17 +136,15 @@ def _too_large(world: int, limit: str) -> ModelError:
     )
 
 
-def receipts(
-    plan: Plan, columns: list[str], spec: WorkerSpec, share: Resources
-) -> Iterator[Receipt]:
+def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Receipt]:
     """Run the plan's pending units through worker actors; yield a receipt per committed unit. Ends
     early once the workers have been told to begin no more.
 
     Raises:
         AxbatchError: what a worker or a reader raised; a ClusterError if Ray itself gave up.
     """
-    replicas = spec.job.cluster.range
-    in_flight = units_in_flight(spec.job, plan)
+    replicas, share = spec.job.cluster.range, spec.share
+    in_flight = units_in_flight(spec.lane.model, plan)
     context = DataContext.get_current()
     # A block is cut as soon as it exceeds this: every unit is its own block, and so its own task.
     context.target_max_block_size = 1
@@ -188,12 +186,12 @@ def receipts(
         ) from error
 
 
-def units_in_flight(job: JobConfig, plan: Plan) -> int:
+def units_in_flight(model: ModelConfig, plan: Plan) -> int:
     """Units that a worker holds at once: half as many rows again as its engine computes at once,
     and one unit more, so that the engine does not drain while a part is committed."""
     units = sum(1 for shard in plan.shards for _ in shard.units())
     rows_per_unit = plan.pending_rows / max(1, units)
-    wanted = math.ceil(1.5 * job.model.max_num_seqs / max(1.0, rows_per_unit)) + 1
+    wanted = math.ceil(1.5 * model.max_num_seqs / max(1.0, rows_per_unit)) + 1
     return min(MAX_UNITS_IN_FLIGHT, wanted)
 
 

@@ -39,6 +39,7 @@ class SecretInJobFile(ValueError):
 
 
 OnChange = Literal["refuse", "reprocess"]
+InputFormat = Literal["auto", "openai-batch"]
 
 
 class InputConfig(Section):
@@ -56,6 +57,10 @@ class InputConfig(Section):
 
     split: str = "train"
     """The dataset's split."""
+
+    format: InputFormat = "auto"
+    """auto: what a file's suffix says. openai-batch: each file is one of Batch API requests
+    (JSONL), whatever its suffix, and its answers are also written as such files."""
 
     on_change: OnChange = "refuse"
     """What to do about an input file that has changed, or is gone, since rows of it were done.
@@ -77,6 +82,8 @@ class InputConfig(Section):
     def _one_source(self) -> InputConfig:
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give either `path` or `dataset`")
+        if self.format != "auto" and self.dataset is not None:
+            raise ValueError("`format` goes with `path`; a `dataset` has a format of its own")
         return self
 
     @property
@@ -108,6 +115,38 @@ class OutputConfig(Section):
         return column
 
 
+def sound_engine_options(engine: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for secrets, and for numbers that are none."""
+    for secret in ("hf_token", "api_key"):
+        if secret in engine:
+            raise SecretInJobFile(f"holds `{secret}`; put it into the environment (HF_TOKEN)")
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs"):
+        value = engine.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number, at least 1 (it is {value!r})")
+    if engine.get("data_parallel_size", 1) != 1:
+        raise ValueError("data_parallel_size is what `cluster.replicas` does; leave it out")
+    return engine
+
+
+class YarnConfig(Section):
+    """The engine of rows that are too long for the model's own context (RoPE scaling by YaRN)."""
+
+    factor: float = Field(4.0, gt=1)
+    """Its context as a multiple of the model's own: with `context: yarn` just this, with `auto`
+    this at most, and no more than the longest row needs. A.X 3.1 is made for up to 4."""
+
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Engine options that differ there, on top of `model.engine`."""
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_options_are_sound(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        if {"hf_overrides", "max_model_len"} & engine.keys():
+            raise ValueError("`hf_overrides` and `max_model_len` follow from the rows' lengths")
+        return sound_engine_options(engine)
+
+
 class ModelConfig(Section):
     """Which model answers, and through which engine."""
 
@@ -130,6 +169,13 @@ class ModelConfig(Section):
     """The engine's own options. vllm: `vllm serve` options with underscores, passed through.
     http: max_num_seqs, timeout. echo: see pipeline/engine/echo.py."""
 
+    context: Literal["native", "yarn", "auto"] = "native"
+    """native: the model's own. yarn: longer for all rows, which also changes short ones' answers.
+    auto: rows that don't fit the model's own are left to a second engine, with YaRN; what is too
+    long for that one as well is up to the task's `overflow`."""
+
+    yarn: YarnConfig = YarnConfig()
+
     @field_validator("base_url")
     @classmethod
     def _base_url_has_no_credentials(cls, url: str | None) -> str | None:
@@ -147,21 +193,23 @@ class ModelConfig(Section):
     @field_validator("engine")
     @classmethod
     def _engine_options_are_sound(cls, engine: dict[str, Any]) -> dict[str, Any]:
-        for secret in ("hf_token", "api_key"):
-            if secret in engine:
-                raise SecretInJobFile(f"holds `{secret}`; put it into the environment (HF_TOKEN)")
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs"):
-            value = engine.get(name, 1)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number, at least 1 (it is {value!r})")
-        if engine.get("data_parallel_size", 1) != 1:
-            raise ValueError("data_parallel_size is what `cluster.replicas` does; leave it out")
-        return engine
+        return sound_engine_options(engine)
 
     @model_validator(mode="after")
     def _base_url_goes_with_http(self) -> ModelConfig:
         if (self.backend == "http") != (self.base_url is not None):
             raise ValueError("`base_url` is needed with `backend: http`, and only there")
+        return self
+
+    @model_validator(mode="after")
+    def _yarn_has_an_engine(self) -> ModelConfig:
+        if self.context == "native":
+            if self.yarn != YarnConfig():
+                raise ValueError("`yarn` says something only with `context: auto` or `yarn`")
+        elif self.backend == "http":
+            raise ValueError(f"`context: {self.context}` is up to the server with `backend: http`")
+        if self.context != "native" and "hf_overrides" in self.engine:
+            raise ValueError("`hf_overrides` and YaRN both change the model's configuration")
         return self
 
     @property
@@ -306,18 +354,26 @@ EXECUTION_OPTIONS = frozenset({
 
 def identity_fields(job: JobConfig, task: dict[str, Any]) -> dict[str, Any]:
     """All that decides the output, by dotted name; `task` is the task's own account of itself."""
-    engine = {k: v for k, v in job.model.engine.items() if k not in EXECUTION_OPTIONS}
+    model = {
+        "id": absolute_model_id(job.model.id),
+        "revision": job.model.revision,
+        "backend": job.model.backend,
+        "engine": _deciding(job.model.engine),
+    }
+    if job.model.context != "native":
+        yarn = job.model.yarn
+        longer = {"factor": yarn.factor, "engine": _deciding(yarn.engine)}
+        model |= {"context": job.model.context, "yarn": longer}
     return _flatten({
         "task": task,
         "output": {"column": job.output.column},
-        "model": {
-            "id": absolute_model_id(job.model.id),
-            "revision": job.model.revision,
-            "backend": job.model.backend,
-            "engine": engine,
-        },
+        "model": model,
         "sampling": job.sampling.body(),
     })  # fmt: skip
+
+
+def _deciding(engine: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in engine.items() if name not in EXECUTION_OPTIONS}
 
 
 def absolute_model_id(model_id: str) -> str:

@@ -13,6 +13,7 @@ AxbatchError
 ├── VerifyError         the output is not what was promised                  exit 1
 └── RowError            one row or one request; becomes the row's status
     ├── RowRejected     this input cannot be done as asked
+    ├── RowDeferred     it is too long for this lane's engine, not for the next lane's
     └── RowFailed       the machinery failed; trying again may help
 """
 
@@ -114,6 +115,15 @@ class RowError(AxbatchError):
 
 class RowRejected(RowError):
     """This input cannot be done as asked; trying again changes nothing."""
+
+
+class RowDeferred(RowError):
+    """This row needs a longer context than this lane's engine has; the next lane has it."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"deferred: {tokens} tokens")
+        self.tokens = tokens
+        """Of prompt and answer together."""
 
 
 class RowFailed(RowError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pipeline.parts import (
     FOOTER_KEY,
     PARTS,
     USAGE_TYPE,
+    Overlay,
     Stamp,
     check_same_origin,
     count_rows,
@@ -35,6 +37,10 @@ from pipeline.storage import Folder
 ROW_GROUP_ROWS = 65_536
 ROW_GROUP_BYTES = 64 << 20
 
+Also = Callable[[Stamp], AbstractContextManager[Callable[[pa.Table], None]]]
+"""Given the stamp of a shard that is being published, what takes its rows too, to write them in
+another form. It is through before the output file appears, whose existence means done."""
+
 
 def publish(
     source: Folder,
@@ -44,9 +50,11 @@ def publish(
     key: str,
     fields: Sequence[pa.Field],
     check_unchanged: Callable[[], None],
+    overlay: Overlay | None = None,
+    also: Also | None = None,
 ) -> Counts:
-    """Merge a complete shard's input and the parts of `key` into its output file, then drop the
-    parts.
+    """Merge a complete shard's input and the parts of `key`, with those of `overlay` on top, into
+    its output file, then drop the parts.
 
     `stamp` covers the whole shard; its counts are ignored and computed here, from the rows.
     `check_unchanged` raises RefusedError if the input is not what the parts were made from.
@@ -58,7 +66,7 @@ def publish(
         RefusedError: a part was made with another identity or from another input, or the input
             has changed since it was planned.
     """
-    results = _Results(output, key, stamp.stop, stamp)
+    results = _Results(output, key, stamp.stop, stamp, overlay)
     url = f"{source.url}/{source_path}"
     with input_errors(url), source.open(source_path) as file:
         parquet = open_parquet(file)
@@ -76,12 +84,20 @@ def publish(
             results.finish()
             check_unchanged()
 
-        counts = _write_shard(output, stamp, schema, tables())
+        counts = _write_shard(output, stamp, schema, tables(), results, also)
     output.delete_folder(f"{PARTS}/{stamp.shard}")
     return counts
 
 
-def republish(output: Folder, name: str, rows: array[int], key: str, run: str) -> Counts:
+def republish(
+    output: Folder,
+    name: str,
+    rows: array[int],
+    key: str,
+    run: str,
+    overlay: Overlay | None = None,
+    also: Also | None = None,
+) -> Counts:
     """Merge the parts of a retry of `rows` into the output file that they are a retry of, then
     drop the parts. A row's `_usage` adds up what all its attempts took.
 
@@ -93,43 +109,60 @@ def republish(output: Folder, name: str, rows: array[int], key: str, run: str) -
         before = Stamp.from_footer(parquet.metadata.metadata[FOOTER_KEY.encode()])
         if retry_key(before, rows) != key:
             raise RefusedError(f"{url}: was published again meanwhile", "Run the retry again.")
-        results = _Results(output, key, len(rows), before)
+        results = _Results(output, key, len(rows), before, overlay)
         schema = output_schema(parquet.schema_arrow, [])
-
-        def tables() -> Iterator[pa.Table]:
-            start = first = 0
-            for batch in read_batches(parquet, url):
-                table = pa.Table.from_batches([batch])
-                last = bisect_left(rows, start + batch.num_rows, first)
-                if last > first:
-                    inside = [row - start for row in rows[first:last]]
-                    table = _replaced(table, inside, results.take(last - first))
-                yield table
-                start, first = start + batch.num_rows, last
-            results.finish()
-
-        counts = _write_shard(output, replace(before, run=run), schema, tables())
+        tables = (pa.Table.from_batches([batch]) for batch in read_batches(parquet, url))
+        stamp = replace(before, run=run)
+        overlaid = _overlaid(tables, rows, results)
+        counts = _write_shard(output, stamp, schema, overlaid, results, also)
     output.delete_folder(f"{PARTS}/{name}")
     return counts
 
 
 def _write_shard(
-    output: Folder, stamp: Stamp, schema: pa.Schema, tables: Iterator[pa.Table]
+    output: Folder,
+    stamp: Stamp,
+    schema: pa.Schema,
+    tables: Iterator[pa.Table],
+    results: _Results,
+    also: Also | None,
 ) -> Counts:
     """Replace the shard's output file by these rows, results included. Returns their counts."""
     counts = Counts()
-    with output.replacing(stamp.shard) as sink, parquet_writer(sink, schema) as writer:
+    with (
+        output.replacing(stamp.shard) as sink,
+        also(stamp) if also else nullcontext() as add,  # through before the file above appears
+        parquet_writer(sink, schema) as writer,
+    ):
         buffered: list[pa.Table] = []
         for table in tables:
             count_rows(table, counts)
+            if add:
+                add(table)
             buffered.append(table)
             if _is_row_group(buffered):
                 writer.write_table(pa.concat_tables(buffered))
                 buffered = []
         writer.write_table(pa.concat_tables([*buffered, schema.empty_table()]))
+        counts.longest = max(stamp.counts.longest, results.longest)
         footer = replace(stamp, counts=counts).to_footer()
         writer.add_key_value_metadata({FOOTER_KEY: footer})
     return counts
+
+
+def _overlaid(
+    tables: Iterator[pa.Table], rows: array[int], results: _Results
+) -> Iterator[pa.Table]:
+    """`tables` with other results in these of their rows."""
+    start = first = 0
+    for table in tables:
+        last = bisect_left(rows, start + table.num_rows, first)
+        if last > first:
+            inside = [row - start for row in rows[first:last]]
+            table = _replaced(table, inside, results.take(last - first))
+        yield table
+        start, first = start + table.num_rows, last
+    results.finish()
 
 
 def _replaced(table: pa.Table, rows: Sequence[int], results: pa.Table) -> pa.Table:
@@ -173,8 +206,15 @@ def _is_row_group(tables: Sequence[pa.Table]) -> bool:
 class _Results:
     """Hands out the results of a complete shard, `rows` of them in all, in row order."""
 
-    def __init__(self, output: Folder, key: str, rows: int, stamp: Stamp) -> None:
-        self._tables = _tables_in_order(output, key, rows, stamp)
+    def __init__(
+        self, output: Folder, key: str, rows: int, stamp: Stamp, overlay: Overlay | None = None
+    ) -> None:
+        self.longest = 0
+        """Of the rows handed out, see Counts."""
+        self._tables = self._in_order(output, key, rows, stamp)
+        if overlay:
+            later = _Results(output, overlay.key, len(overlay.rows), stamp)
+            self._tables = _overlaid(self._tables, overlay.rows, later)
         self._current = next(self._tables, None)
         self._used = 0
 
@@ -197,26 +237,27 @@ class _Results:
         if self._current is not None:
             raise StorageError("the parts of a shard hold more rows than its input")
 
+    def _in_order(self, output: Folder, key: str, rows: int, stamp: Stamp) -> Iterator[pa.Table]:
+        """Results of all rows once, from parts that may overlap where two runs cut units apart."""
+        position = 0
+        for unit in parts_among(output.list(f"{PARTS}/{key}")).get(key, []):
+            if unit.stop <= position or unit.start > position:
+                continue
+            made, table = _read_part(output, unit, stamp)
+            self.longest = max(self.longest, made.counts.longest)
+            yield table.slice(position - unit.start)
+            position = unit.stop
+        if position != rows:
+            raise StorageError(
+                f"{output.url}: rows {position} to {rows} of {key} have no part",
+                "Run the same command again; it redoes what is missing.",
+            )
 
-def _tables_in_order(output: Folder, key: str, rows: int, stamp: Stamp) -> Iterator[pa.Table]:
-    """Results of all rows once, from parts that may overlap where two runs cut units apart."""
-    position = 0
-    for unit in parts_among(output.list(f"{PARTS}/{key}")).get(key, []):
-        if unit.stop <= position or unit.start > position:
-            continue
-        yield _read_part(output, unit, stamp).slice(position - unit.start)
-        position = unit.stop
-    if position != rows:
-        raise StorageError(
-            f"{output.url}: rows {position} to {rows} of {key} have no part",
-            "Run the same command again; it redoes what is missing.",
-        )
 
-
-def _read_part(output: Folder, unit: Unit, stamp: Stamp) -> pa.Table:
+def _read_part(output: Folder, unit: Unit, stamp: Stamp) -> tuple[Stamp, pa.Table]:
     path = part_path(unit)
     with input_errors(f"{output.url}/{path}"), output.open(path) as file:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         made = Stamp.from_footer(parquet.metadata.metadata[FOOTER_KEY.encode()])
         check_same_origin(made, stamp.identity, stamp.fingerprint, f"{output.url}/{path}")
-        return parquet.read().replace_schema_metadata(None)
+        return made, parquet.read().replace_schema_metadata(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import DEMO, ModelConfig
 from pipeline.errors import ModelError
@@ -58,7 +59,13 @@ def _hub_config(model: ModelConfig) -> Path:
         ) from None
 
 
-def _check_config(path: Path, model: ModelConfig) -> None:
+def read_config(model: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model of vLLM. Raises ModelError, as `resolve_model` does."""
+    folder = Path(resolve_model(model).id)
+    return _read_config(folder / "config.json" if folder.is_dir() else _hub_config(model))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,7 +77,11 @@ def _check_config(path: Path, model: ModelConfig) -> None:
         raise ModelError(f"model.id: {path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"model.id: {path} is not a model's configuration", WHAT_A_MODEL_IS)
-    heads = config.get("num_attention_heads")
+    return config
+
+
+def _check_config(path: Path, model: ModelConfig) -> None:
+    heads = _read_config(path).get("num_attention_heads")
     tensor = int(model.engine.get("tensor_parallel_size", 1))
     if isinstance(heads, int) and heads % tensor:
         raise ModelError(

@@ -16,6 +16,9 @@
    their own, whose origin is the run that published and a hash of the rows' positions. Merging
    replaces the output file as in 2, with the new results in the place of the old ones; from then
    on the parts' origin names a file that is gone, so that they are never merged twice.
+5. A row may be committed as deferred (see lanes). A shard's deferred rows, counted from 0, are a
+   shard of their own, whose origin is the shard's and a hash of their positions; 2 and 4 wait for
+   its parts, and take them in the place of the deferred ones.
 
 Whatever is killed when: before 1 a unit's rows are still to do, after it they are done; before 2
 readers see the old file or none, after it the new one; what is left over after that is dropped by
@@ -110,6 +113,21 @@ def retries_of(published: Stamp) -> str:
     """What the keys of all retries of it begin with. Once one has been merged, they name a run
     that the file is no longer of."""
     return f"{published.shard}/{published.run}."
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Results of some rows of a shard that are to take the place of what its parts say of them."""
+
+    key: str
+    """Of their parts."""
+    rows: array[int]
+    """Their positions in the shard, ascending."""
+
+
+def overlay_key(key: str, rows: array[int]) -> str:
+    """The key of the deferred rows of a shard whose own is `key`."""
+    return f"{key}-deferred-{hashlib.sha256(rows.tobytes()).hexdigest()[:12]}"
 
 
 def name_of(key: str) -> str:

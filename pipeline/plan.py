@@ -15,12 +15,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.batch_file import FORMAT, check_not_others, files_beside, stage_requests
 from pipeline.config import InputConfig, JobConfig, OnChange
 from pipeline.errors import InputError, NoSuchFileError, RefusedError
 from pipeline.parquet import input_errors, open_parquet
 from pipeline.parts import (
     PARTS,
     STATUS_COLUMNS,
+    Overlay,
     Stamp,
     check_same_origin,
     key_of,
@@ -66,6 +68,13 @@ class Shard:
     """Rows of each row group."""
     selected: array[int] | None = None
     """The rows of the file that it consists of, ascending; None for all."""
+    is_batch: bool = False
+    """Whether its rows are Batch API requests: the answers are written as JSON lines too."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that is written for it, below the output folder."""
+        return (self.name, *files_beside(self.name)) if self.is_batch else (self.name,)
 
     def check_unchanged(self) -> None:
         """Raises RefusedError if the input file was replaced since it was planned."""
@@ -93,6 +102,12 @@ class ShardPlan:
     """Row ranges without a part; empty and unpublished means ready to publish."""
     leftovers: tuple[str, ...] = ()
     """See Plan."""
+    deferred: Counts = field(default_factory=Counts)
+    """Of its parts, where rows of them may wait for the next lane."""
+    completes: ShardPlan | None = None
+    """The shard whose deferred rows it consists of; that one is published with it."""
+    overlay: Overlay | None = None
+    """Its own place in the shard that it completes."""
 
     @property
     def pending_rows(self) -> int:
@@ -137,6 +152,19 @@ class Plan:
         return sum(s.pending_rows for s in self.shards)
 
     @property
+    def deferred_rows(self) -> int:
+        """Committed rows that wait for the next lane."""
+        return sum(s.deferred.deferred for s in self.shards)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of context that the longest deferred row needs, of published shards too: so a
+        job that is resumed goes on with the engine it had."""
+        stamped = [s.published.counts.longest for s in self.shards if s.published]
+        waiting = [s.deferred.longest for s in self.shards]
+        return max([self.untouched.longest, *stamped, *waiting])
+
+    @property
     def unpublished(self) -> list[ShardPlan]:
         return [s for s in self.shards if s.published is None]
 
@@ -157,6 +185,7 @@ class Plan:
             "bytes": sum(s.shard.bytes for s in self.shards),
             "units_pending": sum(1 for s in self.shards for _ in s.units()),
             "rows_pending": self.pending_rows,
+            "rows_deferred": self.deferred_rows,
             "shards_published": len(self.shards) - len(self.unpublished),
         }
 
@@ -183,13 +212,18 @@ def make_plan(job: JobConfig, task: Task, identity: str) -> Plan:
     """
     output = Folder(job.output.path)
     shards = find_shards(job, task, output)
-    return plan_shards(shards, output, identity, job.input.on_change)
+    return plan_shards(shards, output, identity, job.input.on_change, job.model.context == "auto")
 
 
 def plan_shards(
-    shards: Sequence[Shard], output: Folder, identity: str, on_change: OnChange = "refuse"
+    shards: Sequence[Shard],
+    output: Folder,
+    identity: str,
+    on_change: OnChange = "refuse",
+    may_defer: bool = False,
 ) -> Plan:
-    """Compare the shards with what the output holds. Raises RefusedError, see `make_plan`."""
+    """Compare the shards with what the output holds; with `may_defer`, see which rows of parts wait
+    for the next lane. Raises RefusedError, see `make_plan`."""
     entries = output.list()
     parts = parts_among(entries)
     keys: defaultdict[str, list[str]] = defaultdict(list)
@@ -204,15 +238,20 @@ def plan_shards(
             begun = retries_of(published)
             leftovers = tuple(k for k in keys.get(shard.name, ()) if not k.startswith(begun))
             return ShardPlan(shard, key, published, [], leftovers)
-        leftovers = tuple(other for other in keys.get(shard.name, ()) if other != key)
+        if shard.is_batch:
+            check_not_others(output, shard.name, identity, made)
+        leftovers = tuple(k for k in keys.get(shard.name, ()) if not k.startswith(key))
         for other in leftovers:
             # One part speaks for all of its key, as their key says where they come from.
             path = part_path(parts[other][0])
             url = f"{output.url}/{path}"
             with suppress(NoSuchFileError):  # published, and dropped, while we looked
                 _check_origin(read_stamp(output, path), shard, identity, url, on_change)
-        pending = missing_ranges(shard.rows, parts.get(key, []))
-        return ShardPlan(shard, key, None, pending, leftovers)
+        units = parts.get(key, [])
+        deferred = _deferred(output, units) if may_defer else Counts()
+        return ShardPlan(
+            shard, key, None, missing_ranges(shard.rows, units), leftovers, deferred=deferred
+        )
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         states = list(pool.map(state, shards))
@@ -238,7 +277,10 @@ def plan_retry(plan: Plan, output: Folder, retry: Retry) -> Plan:
         key = retry_key(stamp, rows)
         count = len(rows)
         shard = replace(planned.shard, rows=count, row_groups=(count,), selected=rows)
-        return ShardPlan(shard, key, None, missing_ranges(count, parts.get(key, [])))
+        units = parts.get(key, [])
+        deferred = _deferred(output, units)
+        deferred.longest = max(deferred.longest, stamp.counts.longest)
+        return ShardPlan(shard, key, None, missing_ranges(count, units), deferred=deferred)
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         for planned, selected in zip(plan.shards, pool.map(select, plan.shards), strict=True):
@@ -249,13 +291,25 @@ def plan_retry(plan: Plan, output: Folder, retry: Retry) -> Plan:
     return Plan(plan.identity, wanted, untouched, plan.leftovers)
 
 
+def _deferred(output: Folder, units: Iterable[Unit]) -> Counts:
+    """Of these parts; from their footers."""
+    counts = Counts()
+    for unit in units:
+        stamp = read_stamp(output, part_path(unit))
+        if stamp:
+            counts.deferred += stamp.counts.deferred
+            counts.longest = max(counts.longest, stamp.counts.longest)
+    return counts
+
+
 def find_shards(job: JobConfig, task: Task, output: Folder) -> list[Shard]:
     """The input's shards, by name. Stages what is not Parquet."""
     files = _parquet_files(job.input, output)
     taken = [job.output.column, *STATUS_COLUMNS]
 
     def shard(file: _InputFile) -> Shard:
-        return _read_shard(file, task.columns, taken, job.input.rows_per_unit)
+        read = _read_shard(file, task.columns, taken, job.input.rows_per_unit)
+        return replace(read, is_batch=job.input.format == FORMAT)
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         return list(pool.map(shard, files))
@@ -290,7 +344,10 @@ def _parquet_files(config: InputConfig, output: Folder) -> list[_InputFile]:
         source, entries = find_files(url)
         _refuse_overlap(url, source, output)
         for entry in entries:
-            if suffix_of(entry.path) in BUILDERS:
+            if config.format == FORMAT:
+                staged = stage_requests(source, entry, output)
+                add(staged_name(entry.path), output, staged, f"{source.url}/{entry.path}")
+            elif suffix_of(entry.path) in BUILDERS:
                 staged = stage_file(source, entry, output)
                 add(staged_name(entry.path), output, staged, f"{source.url}/{entry.path}")
             elif suffix_of(entry.path) in (".parquet", ".pq") or len(entries) == 1:

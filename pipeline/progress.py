@@ -29,16 +29,27 @@ class Progress:
         self.replicas = replicas
         self.counts = Counts()
         self.units_done = 0
-        self._done_before = plan.rows - plan.pending_rows
+        self._done_before = plan.rows - plan.pending_rows - plan.deferred_rows
         self._started = time.monotonic()
+        self._before = 0.0
+        """Seconds of computing in lanes that are through."""
         self._first: float | None = None
         self._last = self._started
         self._seen: dict[str, float] = {}
+        self._workers_before = 0
         self._longest_unit = 0.0
         self._lock = threading.Lock()
 
     def begin(self) -> None:
         self._started = time.monotonic()
+
+    def expect(self, deferred: Plan) -> None:
+        """More units, of rows that have been counted as deferred; their engine is yet to start."""
+        with self._lock:
+            self._before, self._first = self.seconds, None
+            self._workers_before, self._seen = self.workers, {}
+            self._started = time.monotonic()
+            self.units += sum(1 for shard in deferred.shards for _ in shard.units())
 
     def add(self, receipt: Receipt) -> None:
         with self._lock:
@@ -55,7 +66,7 @@ class Progress:
     @property
     def seconds(self) -> float:
         """From the first unit's arrival at an engine to the last receipt."""
-        return self._last - self._first if self._first is not None else 0.0
+        return self._before + (self._last - self._first if self._first is not None else 0.0)
 
     @property
     def rows_per_second(self) -> float:
@@ -64,7 +75,7 @@ class Progress:
     @property
     def workers(self) -> int:
         """Workers that have sent a receipt; a replaced one counts again."""
-        return len(self._seen)
+        return self._workers_before + len(self._seen)
 
     @property
     def replicas_up(self) -> int:

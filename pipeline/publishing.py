@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from types import TracebackType
 
 from pipeline.attempts import ATTEMPTS
+from pipeline.batch_file import writing_lines
 from pipeline.merging import publish, republish
 from pipeline.parts import PARTS, Stamp, result_fields
 from pipeline.plan import Plan, ShardPlan
@@ -28,23 +31,23 @@ class Publisher:
         self._identity = plan.identity
         self._output = output
         self._fields = result_fields(column, task.output_type)
+        self._lines = partial(writing_lines, output, column)
         self._run = run
-        self._shards = {shard.key: shard for shard in plan.unpublished}
-        self._leftovers = plan.leftovers
-        self._missing = {key: shard.pending_rows for key, shard in self._shards.items()}
-        self.missing_rows = plan.pending_rows
-        """That have no receipt yet."""
-        self._received: dict[str, set[int]] = {key: set() for key in self._shards}
+        self._plan = plan
+        self._shards: dict[str, ShardPlan] = {}
+        self._missing: dict[str, int] = {}
+        self._deferred: Counter[str] = Counter()
+        self.missing_rows = 0
+        """That have no receipt yet, of what is expected."""
+        self._received: dict[str, set[int]] = {}
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="publish")
         self._publishing: list[Future[Counts]] = []
 
     def __enter__(self) -> Publisher:
-        for key in self._leftovers:
+        for key in self._plan.leftovers:
             self._output.delete_folder(f"{PARTS}/{key}")
             self._output.delete_folder(f"{ATTEMPTS}/{key}")
-        for key, missing in self._missing.items():
-            if missing == 0:
-                self._publish(key)
+        self.expect(self._plan)
         return self
 
     def __exit__(
@@ -56,6 +59,28 @@ class Publisher:
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def expect(self, plan: Plan) -> None:
+        """Publish the plan's shards too, each when its last receipt is in; those that are complete
+        already at once."""
+        for planned in plan.unpublished:
+            self._shards[planned.key] = planned
+            self._missing[planned.key] = planned.pending_rows
+            self._deferred[planned.key] = planned.deferred.deferred
+            self._received[planned.key] = set()
+        self.missing_rows += plan.pending_rows
+        for planned in plan.unpublished:
+            if not planned.pending_rows:
+                self._publish(planned.key)
+
+    @property
+    def waiting(self) -> list[ShardPlan]:
+        """Shards that a lane has completed but for the rows that it deferred."""
+        return [
+            planned
+            for key, planned in self._shards.items()
+            if self._deferred[key] and not self._missing[key]
+        ]
+
     def received(self, receipt: Receipt) -> None:
         """Count a committed unit, once; publish its shard if it was the last. Raises what went
         wrong with a shard before: engines must not work on for an output that can't be written."""
@@ -64,6 +89,7 @@ class Publisher:
         if unit.start in self._received[unit.shard]:
             return
         self._received[unit.shard].add(unit.start)
+        self._deferred[unit.shard] += receipt.counts.deferred
         self._missing[unit.shard] -= unit.rows
         self.missing_rows -= unit.rows
         if self._missing[unit.shard] == 0:
@@ -75,13 +101,20 @@ class Publisher:
             self.counts.add(publishing.result())
 
     def _publish(self, key: str) -> None:
+        """Unless rows of it wait for the next lane, which completes it."""
         self._received[key].clear()
+        if self._deferred[key]:
+            return
         self._publishing.append(self._pool.submit(self._merge, self._shards[key]))
 
     def _merge(self, planned: ShardPlan) -> Counts:
+        overlay, planned = planned.overlay, planned.completes or planned
         shard = planned.shard
+        also = self._lines if shard.is_batch else None
         if shard.selected is not None:
-            counts = republish(self._output, shard.name, shard.selected, planned.key, self._run)
+            counts = republish(
+                self._output, shard.name, shard.selected, planned.key, self._run, overlay, also
+            )
         else:
             stamp = Stamp(
                 identity=self._identity,
@@ -100,6 +133,8 @@ class Publisher:
                 planned.key,
                 self._fields,
                 shard.check_unchanged,
+                overlay,
+                also,
             )
         self._output.delete_folder(f"{ATTEMPTS}/{shard.name}")
         return counts

@@ -10,6 +10,9 @@ from typing import Any, Literal
 Status = Literal["ok", "rejected", "failed"]
 STATUSES: tuple[Status, ...] = ("ok", "rejected", "failed")
 
+DEFERRED = "deferred"
+"""In the place of a status, in parts alone: the row waits for the next lane."""
+
 Row = Mapping[str, Any]
 """One input row: the columns that the task names, as plain Python values."""
 
@@ -80,9 +83,11 @@ class Output:
     """What a task makes of one row. `value` is None unless `status` is ok."""
 
     value: Any
-    status: Status = "ok"
+    status: Status | Literal["deferred"] = "ok"
     reason: str | None = None
     usage: Usage = Usage()
+    needs: int = 0
+    """Tokens of context, of a deferred row."""
 
     def with_usage(self, usage: Usage) -> Output:
         return replace(self, usage=usage)
@@ -100,6 +105,10 @@ class Counts:
     statuses: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     usage: Usage = Usage()
+    deferred: int = 0
+    """Rows that wait for the next lane; they have no status yet."""
+    longest: int = 0
+    """Tokens of context that the longest of all rows ever deferred needs."""
 
     @property
     def rows(self) -> int:
@@ -109,16 +118,22 @@ class Counts:
     def not_ok(self) -> int:
         return self.rows - self.statuses["ok"]
 
-    def count(self, status: str, reason: str | None, usage: Usage) -> None:
-        self.statuses[status] += 1
-        if reason is not None:
-            self.reasons[counted_as(status, reason)] += 1
-        self.usage += usage
+    def count(self, output: Output) -> None:
+        self.usage += output.usage
+        if output.status == DEFERRED:
+            self.deferred += 1
+            self.longest = max(self.longest, output.needs)
+            return
+        self.statuses[output.status] += 1
+        if output.reason is not None:
+            self.reasons[counted_as(output.status, output.reason)] += 1
 
     def add(self, other: Counts) -> None:
         self.statuses.update(other.statuses)
         self.reasons.update(other.reasons)
         self.usage += other.usage
+        self.deferred += other.deferred
+        self.longest = max(self.longest, other.longest)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -126,12 +141,15 @@ class Counts:
             "statuses": {status: self.statuses[status] for status in STATUSES},
             "reasons": dict(sorted(self.reasons.items())),
             "usage": asdict(self.usage),
+            "deferred": self.deferred,
+            "longest": self.longest,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Counts:
         statuses = Counter({k: v for k, v in data["statuses"].items() if v})
-        return cls(statuses, Counter(data["reasons"]), Usage(**data["usage"]))
+        usage, deferred, longest = data["usage"], data.get("deferred", 0), data.get("longest", 0)
+        return cls(statuses, Counter(data["reasons"]), Usage(**usage), deferred, longest)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pipeline.errors import (
     StorageError,
     TooManyNotOkError,
 )
+from pipeline.lanes import Lane, LaneUse, first_lane, plan_deferred, yarn_lane
 from pipeline.lease import Lease, Watch
 from pipeline.logs import engines_lock, machine_folder, redirect_output, run_log
 from pipeline.model import resolve_model
@@ -59,6 +60,8 @@ class Summary:
     """Of all rows of the job."""
     run_counts: Counts
     """Of the rows that this run computed."""
+    lanes: list[LaneUse]
+    """That had something to do in this run."""
     workers: int
     """That took part in this run."""
     seconds: float
@@ -77,6 +80,7 @@ class Summary:
             "identity": self.identity,
             "job": self.counts.to_json(),
             "this_run": self.run_counts.to_json(),
+            "lanes": [lane.to_json() for lane in self.lanes],
             "workers": self.workers,
             "seconds": round(self.seconds, 3),
             "wall_seconds": round(self.wall_seconds, 3),
@@ -103,9 +107,11 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     log = creates = None
+    lanes: list[LaneUse] = []
     with Lease(output, run, say) as lease:
         check_identity(output, fields)
-        plan = plan_shards(shards, output, identity, job.input.on_change)
+        may_defer = job.model.context == "auto"
+        plan = plan_shards(shards, output, identity, job.input.on_change, may_defer)
         if retry:
             if plan.unpublished:
                 say(f"{len(plan.unpublished):,} file(s) are not complete and stay as they are")
@@ -117,7 +123,7 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
         with Publisher(plan, output, task, job.output.column, run) as publisher:
             if plan.unpublished:
                 record_job(output, job, fields)
-            if plan.pending_rows:
+            if plan.pending_rows or plan.deferred_rows:
                 say(_opening(plan))
                 resolve_model(job.model)
                 check_engine(job.model)
@@ -126,7 +132,7 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
                 sweep(output, plan)
                 creates = describe_creates(output)
                 with shown(progress, console):
-                    _compute(job, plan, task, run, log, progress, publisher, lease)
+                    lanes = _compute(job, plan, task, run, log, progress, publisher, lease)
     summary = Summary(
         run=run,
         output=output.url,
@@ -135,6 +141,7 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
         identity=identity,
         counts=publisher.counts,
         run_counts=progress.counts,
+        lanes=lanes,
         workers=progress.workers,
         seconds=progress.seconds,
         wall_seconds=time.monotonic() - started,
@@ -156,34 +163,55 @@ def _compute(
     progress: Progress,
     publisher: Publisher,
     lease: Lease,
-) -> None:
+) -> list[LaneUse]:
+    """The lanes that had something to do."""
     not_ok_before = plan.published_counts.not_ok
     # Ray takes a second to import, which a run with nothing to do needn't.
     apply_ray_settings(remote=cluster_address(job) is not None)
-    from pipeline.cluster import ray_cluster, receipts
+    from pipeline.cluster import ray_cluster, receipts, replica_resources
     from pipeline.worker import WorkerSpec
 
-    try:
-        with ray_cluster(job) as share, draining_first(lease.drain, job.cluster.grace_s):
-            output = Folder(job.output.path)
-            watch = Watch(output, run)
-            spec = WorkerSpec(job, plan.identity, run, log, share.cpus, output, watch)
-            for receipt in receipts(plan, task.columns, spec, share):
-                progress.add(receipt)
-                publisher.received(receipt)
-                # Rows to retry may well be not ok again; that says nothing about the job.
-                if publisher.missing_rows and not plan.is_retry:
-                    limit = job.limits.max_failed_fraction
-                    check_hope(progress.counts, not_ok_before, progress.rows, limit)
+    output = Folder(job.output.path)
+    watch = Watch(output, run)
+    lanes: list[LaneUse] = []
+
+    def compute(lane: Lane, plan: Plan) -> None:
+        lanes.append(use := LaneUse(lane))
+        share = replica_resources(job, lane.model)
+        spec = WorkerSpec(job, lane, plan.identity, run, log, share, output, watch)
+        for receipt in receipts(plan, task.columns, spec):
+            use.counts.add(receipt.counts)
+            progress.add(receipt)
+            publisher.received(receipt)
+            # Rows to retry may well be not ok again; that says nothing about the job.
+            if publisher.missing_rows and not is_retry:
+                limit = job.limits.max_failed_fraction
+                check_hope(progress.counts, not_ok_before, progress.rows, limit)
         if publisher.missing_rows:
             if not watch.says_stop():
                 raise ClusterError(f"Ray gave up {publisher.missing_rows:,} rows without a reason")
             print(f"axbatch: drained: {publisher.missing_rows:,} rows are left to do", flush=True)
             raise Interrupted
+
+    is_retry = plan.is_retry
+    try:
+        with ray_cluster(job), draining_first(lease.drain, job.cluster.grace_s):
+            lane = first_lane(job.model)
+            if plan.pending_rows:
+                compute(lane, plan)
+            if publisher.waiting:
+                wait_for_guards(engines_lock(run))  # the first lane's engines make room
+                deferred = plan_deferred(plan.identity, publisher.waiting, output)
+                publisher.expect(deferred)
+                progress.expect(deferred)
+                longest = max(plan.longest, progress.counts.longest)
+                if deferred.pending_rows:
+                    compute(yarn_lane(job.model, longest), deferred)
     finally:
         # Whoever comes next on this machine needs the memory that engines still hold.
         wait_for_guards(engines_lock(run))
         forget_journals(machine_folder(), run)
+    return lanes
 
 
 def check_identity(output: Folder, fields: dict[str, Any]) -> None:
@@ -214,7 +242,7 @@ def record_job(output: Folder, job: JobConfig, fields: dict[str, Any]) -> None:
 def sweep(output: Folder, plan: Plan) -> None:
     """Clear away what dead writers left. Not all who may write may do that; then it stays."""
     try:
-        output.sweep({shard.shard.name for shard in plan.shards})
+        output.sweep({file for planned in plan.shards for file in planned.shard.files})
     except StorageError as error:
         print(f"axbatch: what dead writers left is not cleared away: {error}", flush=True)
 
@@ -257,10 +285,13 @@ def new_run_id() -> str:
 
 
 def _opening(plan: Plan) -> str:
-    done = plan.rows - plan.pending_rows
+    to_do = plan.pending_rows + plan.deferred_rows
+    done = plan.rows - to_do
     before = f", {done:,} rows done before" if done else ""
     again = " again" if plan.is_retry else ""
-    return f"{plan.pending_rows:,} rows to do{again} in {len(plan.unpublished):,} file(s){before}"
+    long = f", {plan.deferred_rows:,} of them too long for the first lane"
+    deferred = long if plan.deferred_rows else ""
+    return f"{to_do:,} rows to do{again} in {len(plan.unpublished):,} file(s){before}{deferred}"
 
 
 def _short(value: Any) -> str:

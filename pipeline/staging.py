@@ -42,7 +42,7 @@ def stage_file(source: Folder, entry: Entry, output: Folder) -> Entry:
     """Stage one JSONL, CSV or text file. Returns the staged file's entry, below `output`, with
     the source's tag. Raises InputError if `datasets` can't read the file."""
     url = f"{source.url}/{entry.path}"
-    target = f"{STAGED}/{_hash(entry.fingerprint)}/{staged_name(entry.path)}"
+    target = f"{STAGED}/{short_hash(entry.fingerprint)}/{staged_name(entry.path)}"
 
     def load(cache: str) -> Any:
         import datasets
@@ -67,7 +67,7 @@ def stage_dataset(config: InputConfig, output: Folder) -> Entry:
     assert config.dataset is not None
     name = config.dataset.rstrip("/").rpartition("/")[2]
     # A dataset has no size or time to go by; its full name tells it from others of this one.
-    tag = _hash(repr((config.dataset, config.subset, config.split)))
+    tag = short_hash(repr((config.dataset, config.subset, config.split)))
     target = f"{STAGED}/{tag}/{name}-{config.split}.parquet"
 
     def load(cache: str) -> Any:
@@ -80,18 +80,30 @@ def stage_dataset(config: InputConfig, output: Folder) -> Entry:
     return _stage(output, target, f"dataset {config.dataset}", f"0:{tag}", load)
 
 
-def _hash(text: str) -> str:
+def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _stage(
     output: Folder, target: str, what: str, fingerprint: str, load: Callable[[str], Any]
 ) -> Entry:
+    def write(cache: str, path: Path) -> None:
+        _write_parquet(load, cache, path, what, fingerprint)
+
+    return stage_once(output, target, fingerprint, write)
+
+
+def stage_once(
+    output: Folder, target: str, fingerprint: str, write: Callable[[str, Path], None]
+) -> Entry:
+    """The staged file `target` below `output`. If it isn't there yet, or was made from something
+    else, `write` makes it first, given a temporary folder and a path in it: a Parquet file with
+    `fingerprint` under SOURCE_KEY in its footer."""
     staged = _staged_entry(output, target)
     if staged is None or staged.fingerprint != fingerprint:
         with tempfile.TemporaryDirectory(prefix="axbatch-staging-") as cache:
             local = Path(cache) / "staged.parquet"
-            _write_parquet(load, cache, local, what, fingerprint)
+            write(cache, local)
             with local.open("rb") as file, output.replacing(target) as sink:
                 while piece := file.read(16 << 20):
                     sink.write(piece)

@@ -6,14 +6,14 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import pyarrow as pa
 from pydantic import Field
 
 from pipeline.chunking import Split, keep, split_aside, surely_fits, whole
-from pipeline.config import Section
-from pipeline.errors import RowRejected
+from pipeline.config import InputFormat, Section
+from pipeline.errors import RowDeferred, RowRejected
 from pipeline.records import Completion, Message, Output, Row
 
 
@@ -48,6 +48,11 @@ class Generate(Protocol):
         ...
 
     @property
+    def longest_model_len(self) -> int:
+        """The same of the lane to which a row may still be deferred; 0 if there is none."""
+        ...
+
+    @property
     def max_tokens(self) -> int:
         """Tokens of one answer."""
         ...
@@ -57,6 +62,9 @@ class Task(Section):
     """Base of all kinds. A kind's fields are its keys under `task:` in the job file."""
 
     kind: str
+
+    input_format: ClassVar[InputFormat] = "auto"
+    """The `input.format` that it goes with."""
 
     @property
     @abstractmethod
@@ -97,7 +105,12 @@ class LongTextTask(Task):
     overflow: Literal["chunk", "truncate_head", "truncate_tail", "reject"] = "chunk"
     """What becomes of a longer text. chunk: it is cut, and the results are joined.
     truncate_head, truncate_tail: its head or its tail is left out. reject: the row is rejected;
-    without `chunk_tokens` only if the model's context can't hold the text and `max_tokens`."""
+    without `chunk_tokens` only if the model's context can't hold the text and `max_tokens`.
+    With `model.context: auto`, only of a text that is too long for the YaRN engine as well."""
+
+    answers_are_short: ClassVar[bool] = False
+    """Whether an answer is likely to be much shorter than its text. A text may then have all that
+    `max_tokens` leaves of the model's context."""
 
     async def fit(
         self, text: str, generate: Generate, prompt: str, language: str = "en", turns: int = 1
@@ -107,20 +120,26 @@ class LongTextTask(Task):
         `prompt` is what each request holds beside its piece, `turns` how many pieces with their
         answers one request may hold, `language` (BCP 47) that of the text.
 
-        Raises RowRejected (`too_long`).
+        Raises RowRejected (`too_long`), RowDeferred.
         """
         count = generate.count_tokens
-        context = generate.max_model_len - TEMPLATE_TOKENS - _count_once(count, prompt)
-        limit, budget = self._limits(context, generate.max_tokens, turns)
+        taken = TEMPLATE_TOKENS + _count_once(count, prompt)
+        limit, budget = self._limits(generate.max_model_len - taken, generate.max_tokens, turns)
         if surely_fits(text, limit):
             return whole(text)
         tokens = await asyncio.to_thread(count, text)
         if tokens <= limit:
             return whole(text)
+        longest, later = generate.longest_model_len, 0
+        if longest:
+            later, _ = self._limits(longest - taken, generate.max_tokens, turns)
+            if tokens <= later:
+                raise RowDeferred(min(taken + tokens + generate.max_tokens, longest))
         match self.overflow:
             case "chunk":
                 return await split_aside(text, budget, count, language)
             case "reject":
+                limit = max(limit, later)
                 raise RowRejected(f"too_long: {tokens} tokens, the limit is {limit}")
             case "truncate_head":
                 return whole(await asyncio.to_thread(keep, "tail", text, limit, count, language))
@@ -130,9 +149,9 @@ class LongTextTask(Task):
     def _limits(self, context: int, max_tokens: int, turns: int) -> tuple[int, int]:
         """Tokens of a text that is asked for whole, and of the pieces of a longer one. `context`
         is what the prompt leaves of the model's."""
-        if self.overflow == "reject":
-            limit = self.chunk_tokens or max(context - max_tokens, context // 2)
-            return limit, limit
+        if self.overflow == "reject" or self.answers_are_short:
+            limit = min(self.chunk_tokens or context, room(context, max_tokens))
+            return max(limit, SMALLEST), max(limit, SMALLEST)
         if self.chunk_tokens:
             limit = budget = min(self.chunk_tokens, context // (2 * turns))
         else:
@@ -141,6 +160,11 @@ class LongTextTask(Task):
             limit = min(max_tokens, context // 2)
             budget = min(max_tokens // 2, context // (3 * turns))
         return max(limit, SMALLEST), max(budget, SMALLEST)
+
+
+def room(context: int, max_tokens: int) -> int:
+    """Tokens that a prompt may have: what the answer leaves of the context, half of it at least."""
+    return context - min(max_tokens, context // 2)
 
 
 async def at_once(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

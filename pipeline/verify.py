@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.batch_file import check_lines
 from pipeline.errors import InputError, VerifyError
 from pipeline.parquet import input_errors, open_parquet, read_batches
 from pipeline.parts import STATUS_COLUMNS, Stamp, count_rows
@@ -54,6 +55,8 @@ def _verify_shard(planned: ShardPlan, output: Folder, column: str) -> Counts:
         hint = "Restore the file; if it is the output's, delete it and run the job again."
         raise VerifyError(str(error.args[0]), hint) from error
     _check_stamp(stamp, shard, counts, url)
+    if shard.is_batch:
+        check_lines(output, column, stamp)
     return counts
 
 
@@ -132,5 +135,6 @@ def _check_results(made: pa.RecordBatch, column: str, where: str) -> None:
 def _check_stamp(stamp: Stamp, shard: Shard, counts: Counts, url: str) -> None:
     if stamp.shard != shard.name or (stamp.start, stamp.stop) != (0, shard.rows):
         raise VerifyError(f"{url}: its footer speaks of another shard")
+    counts.longest = stamp.counts.longest  # of which the rows say nothing any more
     if stamp.counts.to_json() != counts.to_json():
         raise VerifyError(f"{url}: its footer's counts are not those of its rows")

@@ -29,17 +29,20 @@ from pipeline.attempts import (
     pieces,
     read_crashes,
 )
+from pipeline.chunking import surely_fits
 from pipeline.config import JobConfig
 from pipeline.engine import Engine, EngineGone, start_engine
 from pipeline.errors import (
     AxbatchError,
     EngineError,
+    RowDeferred,
     RowError,
     RowFailed,
     RowRejected,
     StorageError,
     error_from_json,
 )
+from pipeline.lanes import Lane
 from pipeline.lease import Watch
 from pipeline.logs import engines_lock, machine_folder, redirect_output, root_cause
 from pipeline.model import resolve_model
@@ -48,6 +51,7 @@ from pipeline.reaper import guard_children
 from pipeline.records import Completion, Counts, Message, Output, Receipt, Row, Unit, Usage
 from pipeline.source import decode_unit
 from pipeline.storage import Folder
+from pipeline.task import LongTextTask, room
 from pipeline.tokens import RowText
 
 NOT_BEGUN = "null"
@@ -55,15 +59,23 @@ NOT_BEGUN = "null"
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What one replica reserves."""
+
+    gpus: int
+    cpus: int
+
+
+@dataclass(frozen=True)
 class WorkerSpec:
     """All that a worker needs to know; travels to it once."""
 
     job: JobConfig
+    lane: Lane
     identity: str
     run: str
     log: Path
-    cpus: int
-    """CPU cores for an engine without GPU."""
+    share: Resources
     output: Folder
     """The driver's, which knows whether the store has answered before."""
     watch: Watch
@@ -163,13 +175,21 @@ class Worker:
     async def _run_row(self, row: Row | RowError) -> Output:
         """One row's output, whatever happens to it. What concerns all rows passes: EngineGone,
         and every AxbatchError that is no RowError."""
-        generate = EngineGenerate(self._engine, self._sampling, self._clean)
+        generate = EngineGenerate(
+            self._engine,
+            self._sampling,
+            self._clean,
+            longest=self._spec.lane.longest,
+            defers=not isinstance(self._task, LongTextTask),
+        )
         try:
             if isinstance(row, RowError):
                 raise row
             output = await self._task.run(self._clean(row), generate)
         except RowRejected as error:
             output = Output(None, "rejected", error.reason)
+        except RowDeferred as error:
+            output = Output(None, "deferred", error.reason, needs=error.tokens)
         except RowFailed as error:
             output = Output(None, "failed", error.reason)
         except (EngineGone, AxbatchError):
@@ -184,7 +204,7 @@ class Worker:
         counts = Counts()
         results = _encodable(outputs)
         for output in results:
-            counts.count(output.status, output.reason, output.usage)
+            counts.count(output)
         stamp = Stamp(
             identity=self._spec.identity,
             shard=unit.shard,
@@ -203,22 +223,48 @@ class Worker:
 class EngineGenerate:
     """One row's `generate` (see task.Generate), and what it has cost."""
 
-    def __init__(self, engine: Engine, sampling: Mapping[str, Any], clean: RowText) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Mapping[str, Any],
+        clean: RowText,
+        longest: int = 0,
+        defers: bool = False,
+    ) -> None:
+        """`defers`: requests that are too long defer the row, as the task doesn't see to it."""
         self._engine = engine
-        self._sampling = sampling
+        self._defers = defers and longest > 0
         self.clean = clean
+        self.longest_model_len = longest
         self.usage = Usage()
         self.count_tokens = engine.count_tokens
         self.max_model_len = engine.max_model_len
         self.max_tokens = int(sampling["max_tokens"])
+        # vLLM refuses to try for more than there can be.
+        self._sampling = {**sampling, "max_tokens": min(self.max_tokens, engine.max_model_len)}
 
     async def __call__(self, messages: list[Message], **body: Any) -> Completion:
         return await self.send({"messages": messages, **self._sampling, **body})
 
     async def send(self, body: Mapping[str, Any]) -> Completion:
+        if self._defers:
+            await self._defer_if_too_long(body)
         completion = await self._engine.chat(body)
         self.usage += completion.usage
         return completion
+
+    async def _defer_if_too_long(self, body: Mapping[str, Any]) -> None:
+        """Raises RowDeferred if prompt and answer need a longer context, and there is one."""
+        answer = body.get("max_tokens") or body.get("max_completion_tokens") or 0
+        if not isinstance(answer, int):
+            return  # the engine will say what is wrong with it
+        here, later = (room(own, answer) for own in (self.max_model_len, self.longest_model_len))
+        said = json.dumps([body.get("messages"), body.get("tools")], ensure_ascii=False)
+        if surely_fits(said, here):
+            return
+        prompt = await asyncio.to_thread(self.count_tokens, said)
+        if here < prompt <= later:
+            raise RowDeferred(min(prompt + answer, self.longest_model_len))
 
 
 class Turns:
@@ -261,7 +307,7 @@ def _start_engine(spec: WorkerSpec) -> Engine:
     log_size = spec.log.stat().st_size
     try:
         silence = spec.job.limits.max_engine_silence_s
-        return start_engine(resolve_model(spec.job.model), spec.cpus, silence)
+        return start_engine(resolve_model(spec.lane.model), spec.share.cpus, silence)
     except EngineError as error:
         # vLLM's own processes have logged the reason; what reaches us only says that there is one.
         cause = root_cause(spec.log, log_size) or str(error.args[0])
@@ -294,6 +340,11 @@ def _encodable(outputs: Sequence[Output]) -> list[Output]:
 
 
 def _is_utf8(value: Any) -> bool:
+    """Whether all text in `value` is, at any depth."""
+    if isinstance(value, Mapping):
+        return all(_is_utf8(key) and _is_utf8(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_utf8, value))
     if not isinstance(value, str):
         return True
     try:

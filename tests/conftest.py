@@ -109,7 +109,7 @@ def commit_unit(
     counts = Counts()
     outputs = outputs or some_outputs(unit.shard, unit.start, unit.stop)
     for row in outputs:
-        counts.count(row.status, row.reason, row.usage)
+        counts.count(row)
     stamp = Stamp(identity, unit.shard, fingerprint, unit.start, unit.stop, counts, "run")
     return commit_part(output, stamp, result_table(outputs, "ko", pa.string()))
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,14 @@ class Run:
 
     def wait_for_rows(self, count: int) -> None:
         """Return once so many rows are committed, by this or an earlier run."""
+        self.wait_until(lambda: self._job.rows_done() >= count)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Return once it holds. Fails if the run ends before, or takes too long."""
         deadline = time.monotonic() + TIMEOUT_S
-        while self._job.rows_done() < count:
+        while not condition():
             self.check_lives()
-            assert time.monotonic() < deadline, f"no rows: {self.printed}{self.errors}"
+            assert time.monotonic() < deadline, f"in vain: {self.printed}{self.errors}"
             time.sleep(0.02)  # nothing tells us of a file from another process; we must look
 
     def check_lives(self) -> None:

@@ -33,12 +33,13 @@ from pipeline.attempts import (
 from pipeline.engine import EngineGone
 from pipeline.engine.echo import EchoEngine
 from pipeline.errors import EngineError
+from pipeline.lanes import first_lane
 from pipeline.lease import Watch
 from pipeline.parts import missing_ranges, parts_among
 from pipeline.records import Completion, Counts, Receipt, Unit
 from pipeline.source import encode_unit
 from pipeline.storage import Folder
-from pipeline.worker import Turns, Worker, WorkerSpec, decode_receipt
+from pipeline.worker import Resources, Turns, Worker, WorkerSpec, decode_receipt
 from tests.conftest import make_job
 
 ranges = st.tuples(st.integers(0, 300), st.integers(1, 300)).map(lambda p: (p[0], p[0] + p[1]))
@@ -146,7 +147,8 @@ def test_only_the_rows_that_kill_engines_fail(
     log.touch()
     output = Folder(str(tmp_path / "out"))
     watch = Watch(output, "run")
-    spec = WorkerSpec(make_job(tmp_path), "identity", "run", log, 1, output, watch)
+    job, share = make_job(tmp_path), Resources(gpus=0, cpus=1)
+    spec = WorkerSpec(job, first_lane(job.model), "identity", "run", log, share, output, watch)
     texts = [f"poison {i}" if i in poison else f"text {i}" for i in range(256)]
     units = [Unit("in.parquet", start, start + 64) for start in range(0, 256, 64)]
     blocks = {

@@ -257,7 +257,7 @@ def test_stamp_comes_back_from_the_footer_of_part_and_output(shard: Shard) -> No
 
 def test_stamp_survives_its_footer() -> None:
     counts = Counts()
-    counts.count("rejected", "too_long: 9", Usage(1, 2, 3, 4))
+    counts.count(Output(None, "rejected", "too_long: 9", Usage(1, 2, 3, 4)))
     stamp = Stamp("0123", "뉴스/a b.parquet", '9:"etag"', 3, 4, counts, "20260101T000000Z-abc")
     assert Stamp.from_footer(stamp.to_footer().encode()) == stamp
 

@@ -30,7 +30,7 @@ units = st.builds(
 def counted(outputs: Sequence[tuple[str, str | None, Usage]]) -> Counts:
     counts = Counts()
     for status, reason, usage in outputs:
-        counts.count(status, reason, usage)
+        counts.count(Output(None, status, reason, usage))
     return counts
 
 

@@ -97,7 +97,7 @@ def test_published_output_is_accepted_and_counted(
     expected = Counts()
     for name in ("a.parquet", "sub/b.parquet"):
         for row in outputs(name, 0, ROWS):
-            expected.count(row.status, row.reason, row.usage)
+            expected.count(row)
     assert done.verify() == done.run() == expected
     assert read_status(done.plan(), done.output).counts == expected
 
@@ -273,7 +273,7 @@ def stamped(change: Callable[[Stamp], Stamp]) -> Edit:
 
 
 def one_more(stamp: Stamp) -> Stamp:
-    stamp.counts.count("ok", None, Usage())
+    stamp.counts.count(Output("more"))
     return stamp
 
 

@@ -2,7 +2,8 @@
 
     python -m tests.faults.crash_points FOLDER [--every N] [--s3 s3://BUCKET/PREFIX]
 
-The job has two files, some rows that fail, and then a retry of these. It is a real run in all but
+The job has two files, in each a row that waits for the second lane, some rows that fail, and then
+a retry of these. It is a real run in all but
 Ray: the worker is called in the driver's process, so that one process makes all storage calls and
 can be killed at each of them, by `os._exit`. Calls are counted where they leave Python: system
 calls that change the disk, or requests to S3. Each trial is a fork of one process that has
@@ -39,6 +40,8 @@ from tests.faults.without_ray import leave_ray_out
 KILLED, WRONG = 77, 78
 KEPT = ("_axbatch/runs/", "_axbatch/logs/", "_axbatch/tmp/")
 STDERR = os.dup(2)  # a run points 2 at its log
+LONG = 400
+"""Words more than the first lane holds."""
 FILES = {"a.parquet": 5, "b.parquet": 7}
 SYSTEM_CALLS = ("link", "replace", "rename", "unlink", "mkdir", "rmdir", "fsync")
 
@@ -92,18 +95,30 @@ class Killer:
 def make_job(source: str, output: str) -> JobConfig:
     return JobConfig.model_validate({
         "name": "crash",
-        "task": {"kind": "translate", "text": "text", "source": "en", "target": "ko"},
+        "task": {
+            "kind": "translate", "text": "text", "source": "en", "target": "ko",
+            "overflow": "reject",
+        },
         "input": {"path": source, "rows_per_unit": 3},
         "output": {"path": output, "column": "ko"},
-        "model": {"id": "echo", "backend": "echo"},
+        "model": {
+            "id": "echo", "backend": "echo", "engine": {"max_model_len": 400}, "context": "auto",
+        },
         "limits": {"max_failed_fraction": 1.0},
     })  # fmt: skip
+
+
+def text_of(name: str, row: int) -> str | None:
+    """Each file has one row without text, and one that doesn't fit the first lane."""
+    if row == 1:
+        return None
+    return " ".join([name, *["long"] * LONG, str(row)] if row == 2 else [name, str(row)])
 
 
 def write_input(folder: Path) -> None:
     folder.mkdir(parents=True)
     for name, rows in FILES.items():
-        texts = [None if row == 1 else f"{name} {row}" for row in range(rows)]
+        texts = [text_of(name, row) for row in range(rows)]
         pq.write_table(pa.table({"text": texts, "id": range(rows)}), folder / name)
 
 
@@ -135,8 +150,9 @@ def expected_rows() -> dict[str, list[dict[str, Any]]]:
     prompt_words = len(task.system_prompt.split())
 
     def row(name: str, number: int) -> dict[str, Any]:
-        text = None if number == 1 else f"{name} {number}"
-        words = {"requests": 1, "prompt_tokens": prompt_words + 2, "completion_tokens": 2}
+        text = text_of(name, number)
+        count = len(text.split()) if text else 0
+        words = {"requests": 1, "prompt_tokens": prompt_words + count, "completion_tokens": count}
         return {
             "text": text,
             "id": number,
