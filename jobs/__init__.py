@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import difflib
+import pkgutil
 from importlib import import_module
+from typing import get_args
 
 from pipeline.config import JobConfig
 from pipeline.errors import JobFileError
 from pipeline.job_file import parse_section
 from pipeline.task import Task
 
-KINDS = {"translate": "jobs.translate:Translate"}
-"""`task.kind` -> module:class; modules load when their kind is asked for."""
+
+def kinds() -> dict[str, str]:
+    """`task.kind` -> module. A file here is a kind: openai_batch.py is `openai-batch`."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return {name.replace("_", "-"): f"{__name__}.{name}" for name in names}
 
 
 def load_task(job: JobConfig, where: str = "job file") -> Task:
-    """The task that `job` asks for. Raises JobFileError for an unknown kind or wrong keys."""
-    kind = job.task["kind"]
-    if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        hint = f"Did you mean `{near[0]}`?" if near else f"Known kinds: {', '.join(KINDS)}."
+    """The task that `job` asks for; only its module is loaded. Raises JobFileError for an unknown
+    kind or wrong keys."""
+    kind, known = job.task["kind"], kinds()
+    if kind not in known:
+        near = difflib.get_close_matches(kind, known, n=1)
+        hint = f"Did you mean `{near[0]}`?" if near else f"Known kinds: {', '.join(known)}."
         raise JobFileError(f"{where}: task.kind: unknown kind `{kind}`", hint)
-    module, _, name = KINDS[kind].partition(":")
-    task_class: type[Task] = getattr(import_module(module), name)
-    return parse_section(task_class, job.task, where, prefix="task.")
+    task = parse_section(_class_of(known[kind], kind), job.task, where, prefix="task.")
+    if task.input_format != job.input.format:
+        raise JobFileError(
+            f"{where}: input.format: is `{job.input.format}`, which kind `{kind}` does not read",
+            f"Set `input.format: {task.input_format}`, or another `task.kind`.",
+        )
+    return task
+
+
+def _class_of(module_name: str, kind: str) -> type[Task]:
+    module = import_module(module_name)
+    tasks = (t for t in vars(module).values() if isinstance(t, type) and issubclass(t, Task))
+    for task in tasks:
+        if get_args(task.model_fields["kind"].annotation) == (kind,):
+            return task
+    raise JobFileError(
+        f"{module.__file__}: has no class for the kind `{kind}`",
+        f'Derive one from `Task`, with the field `kind: Literal["{kind}"]`.',
+    )

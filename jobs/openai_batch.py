@@ -26,6 +26,7 @@ class OpenAIBatch(Task):
     kind: Literal["openai-batch"]
 
     input_format: ClassVar[InputFormat] = "openai-batch"
+    wants_raw_rows: ClassVar[bool] = True
 
     @property
     def columns(self) -> list[str]:

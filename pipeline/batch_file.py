@@ -23,7 +23,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from unicodedata import is_normalized
 
 import pyarrow as pa
 from pydantic_core import from_json
@@ -156,18 +155,10 @@ def read_request(line: bytes | None) -> Request:
     if not isinstance(fields.get("body"), dict):
         return Request(known, error=_what_is_wrong("body", fields, "an object"))
     try:
-        body = _body_text(fields["body"])
+        body = json.dumps(fields["body"], ensure_ascii=False, allow_nan=False)
     except ValueError:
         return Request(known, error="has a number in its `body` that is too large")
     return Request(known, fields["method"], fields["url"], body)
-
-
-def _body_text(body: dict[str, Any]) -> str:
-    """JSON that stays what it is when its text is normalised to NFC, as a worker does with all row
-    text: a combining character would become one with the `n` of a `\\n` before it. Raises
-    ValueError for an infinite number."""
-    text = json.dumps(body, ensure_ascii=False, allow_nan=False)
-    return text if is_normalized("NFC", text) else json.dumps(body)
 
 
 def _within_the_line(message: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pyarrow as pa
+import yaml
+from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.conversations import without_nulls
 from pipeline.errors import EXIT_TOO_MANY_NOT_OK
 from pipeline.parquet import open_parquet
 from pipeline.plan import Plan
@@ -16,6 +19,8 @@ from pipeline.status import Status
 from pipeline.storage import Folder
 
 EXAMPLES = 5
+SHOWN = 600
+"""Characters of one value, at most."""
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -90,11 +95,18 @@ def show_examples(
     console.print(table)
 
 
-def _shown(value: pa.Scalar) -> str:
+def _shown(scalar: pa.Scalar) -> str:
+    """Structs and lists as YAML, without what is null in them; the rest as text."""
     try:
-        return str(value.as_py())
+        value = scalar.as_py()
     except UnicodeDecodeError:
         return "(not UTF-8)"
+    if value is not None and pa.types.is_nested(scalar.type):
+        plain = to_jsonable_python(without_nulls(value), bytes_mode="base64")
+        text = yaml.safe_dump(plain, allow_unicode=True, sort_keys=False, width=10_000).rstrip()
+    else:
+        text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _add_counts(table: Table, counts: Counts) -> None:

@@ -66,6 +66,10 @@ class Task(Section):
     input_format: ClassVar[InputFormat] = "auto"
     """The `input.format` that it goes with."""
 
+    wants_raw_rows: ClassVar[bool] = False
+    """Whether `run` gets text as it is, and makes it safe itself (`Generate.clean`) once it has
+    decoded it: normalising JSON as text may break its escapes."""
+
     @property
     @abstractmethod
     def columns(self) -> list[str]:
@@ -82,7 +86,8 @@ class Task(Section):
 
     @abstractmethod
     async def run(self, row: Row, generate: Generate) -> Output:
-        """Process one row. Text in `row` is NFC and free of the model's special tokens."""
+        """Process one row. Text in `row` is NFC and free of the model's special tokens, unless it
+        `wants_raw_rows`."""
 
 
 T = TypeVar("T")

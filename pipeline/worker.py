@@ -185,7 +185,8 @@ class Worker:
         try:
             if isinstance(row, RowError):
                 raise row
-            output = await self._task.run(self._clean(row), generate)
+            given = row if self._task.wants_raw_rows else self._clean(row)
+            output = await self._task.run(given, generate)
         except RowRejected as error:
             output = Output(None, "rejected", error.reason)
         except RowDeferred as error:

@@ -89,6 +89,11 @@ def wrong(
 TP = "model.engine.tensor_parallel_size"
 VLLM = {"model.backend": "vllm"}
 HTTP = {"model.backend": "http", "model.base_url": f"{NO_SERVER}/v1"}
+CHAT = {"kind": "chat", "messages": "en"}
+
+PROMPT = {"kind": "prompt", "prompt": "{{ en }}"}
+EXTRACT = {"kind": "extract", "text": "en"}
+SEVERAL_TYPES = {"type": "object", "properties": {"price": {"type": ["integer", "string"]}}}
 
 # fmt: off
 JOB_FILE = [
@@ -134,6 +139,30 @@ JOB_FILE = [
           says="task: needs a `kind`", next="`kind: translate`"),
     wrong("same languages", job={"task.source": "ko"},
           says="task: ", next="`source` and `target` are the same language"),
+    wrong("template that is none", job={"task": {**PROMPT, "prompt": "Describe {{ en }."}},
+          says="task.prompt: line 1: unexpected '}'", next="a Jinja template"),
+    wrong("template without columns", job={"task": {**PROMPT, "prompt": "Describe {en}."}},
+          says="task.prompt: names no column", next="write {{ title }} for the column `title`"),
+    wrong("template of another file", job={"task": {**PROMPT, "system": "{% include 'a' %}"}},
+          says="task.system: line 1: a template can't use another file", next="a template as well"),
+    wrong("schema without names", job={"task": {**EXTRACT, "schema": {"type": "object"}}},
+          says="task.schema: $: its properties have no names", next="list them in `properties`"),
+    wrong("schema of several types", job={"task": {**EXTRACT, "schema": SEVERAL_TYPES}},
+          says="task.schema: $.price: may be of several types (integer, string)",
+          next="choose one"),
+    wrong("schema that is none", job={"task": {**EXTRACT, "schema": {"type": "objct"}}},
+          says="task.schema: is no JSON Schema: at type", next="'objct' is not one of"),
+    wrong("pydantic class nowhere", job={"task": {**EXTRACT, "schema": "nowhere:Order"}},
+          says="task.schema: module `nowhere` can't be imported", next="No module named 'nowhere'"),
+    wrong("pydantic class that is none", job={"task": {**EXTRACT, "schema": "json:loads"}},
+          says="task.schema: module `json` has no pydantic class `loads`", next="json:loads"),
+    wrong("function that is nowhere", job={"task": {**CHAT, "functions": {"f": "my_tools:f"}}},
+          says=["job.yaml: task.functions: f: `my_tools:f` can't be imported", "ModuleNotFound"],
+          next="The module is in the current directory or installed"),
+    wrong("several answers in place of one", job={"task": {**CHAT, "n": 3}},
+          says="task: `n` is only seen in the whole answer", next="set `returns: response`"),
+    wrong("messages and bodies", job={"task": {**CHAT, "body": "en"}},
+          says="task: ", next="give either `messages` or `body`"),
     wrong("set without value", arguments=["job.yaml", "--set", "output"],
           says="--set output: not of the form a.b=c", next="--set output.path=out"),
     wrong("set below a value", arguments=["job.yaml", "--set", "name.first=x"],
@@ -147,6 +176,9 @@ JOB_FILE = [
 INPUT = [
     wrong("missing column", job={"task.text": "body"},
           says=["in/a.parquet: has no column `body`", "it has id, en"],
+          next="Name one of these under `task:`"),
+    wrong("unknown column in a template", job={"task": {**PROMPT, "prompt": "{{ en }} {{ ko }}"}},
+          says=["in/a.parquet: has no column `ko`", "it has id, en"],
           next="Name one of these under `task:`"),
     wrong("missing column in a staged file", job={"input.path": "lines/*.jsonl"},
           files={"lines/b.jsonl": b'{"body": "x"}\n'},

@@ -228,12 +228,6 @@ def test_any_body_survives(body: dict[str, Any], is_ascii: bool) -> None:
     assert clean(json.loads(clean(made.body))) == clean(body)
 
 
-def test_combining_character_behind_an_escape_leaves_json_json() -> None:
-    body = {"text": "line\n\u0301"}
-    made = read_request(json.dumps(request(1, body=body), ensure_ascii=False).encode())
-    assert json.loads(RowText()(made.body)) == body
-
-
 def test_staging_needs_no_more_memory_for_more_lines(batch: Batch) -> None:
     line = as_line(request(1, body={"padding": "word " * 200}))
     with (batch.source / "requests.jsonl").open("wb") as file:

@@ -17,7 +17,7 @@ from pipeline.errors import AxbatchError, RefusedError, VerifyError
 from pipeline.parts import FOOTER_KEY, Stamp
 from pipeline.plan import Plan
 from pipeline.publishing import Publisher
-from pipeline.records import Counts, Output, Receipt, Unit, Usage
+from pipeline.records import Counts, Output, Receipt, Unit
 from pipeline.status import read_status
 from pipeline.storage import Folder
 from pipeline.verify import verify_output

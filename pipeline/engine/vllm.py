@@ -16,6 +16,7 @@ import time
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, NoReturn
 
+from jinja2 import TemplateError
 from pydantic import ValidationError
 
 from pipeline.config import ModelConfig
@@ -76,17 +77,18 @@ class VllmEngine:
         return self._counter(text)
 
     async def chat(self, body: Mapping[str, Any]) -> Completion:
-        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.exceptions import VLLMClientError, VLLMServerError
 
         serving = self._serving or await self._start_serving()
+        request = _request({**body, "model": self._args.model})
         try:
-            request = ChatCompletionRequest(**{**body, "model": self._args.model})
             response = await self._unless_silent(serving.create_chat_completion(request))
         except self._dead as error:
             raise EngineGone(_first_line(error)) from error
-        except (ValidationError, VLLMClientError) as error:
-            _refuse(str(error))
+        except ValidationError as error:  # of messages, which vLLM looks at late
+            _refuse(_told(error))
+        except (VLLMClientError, TemplateError, ValueError, TypeError, OverflowError) as error:
+            _refuse(str(error))  # what `vllm serve` answers with 400
         except VLLMServerError as error:
             raise RowFailed(f"engine_error: {_first_line(error)[:200]}") from error
         if hasattr(response, "error"):
@@ -173,6 +175,29 @@ class _TokenCounter:
 
     def __call__(self, text: str) -> int:
         return self._count(text)
+
+
+def _request(body: Mapping[str, Any]) -> Any:
+    """vLLM's own request. Raises RowRejected (`bad_request`)."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        return ChatCompletionRequest(**body)
+    except ValidationError as error:
+        _refuse(_told(error))
+    except VLLMClientError as error:
+        _refuse(str(error))
+    except (AttributeError, TypeError) as error:  # vLLM's own checks trip over some wrong types
+        _refuse(f"a key's value is of the wrong type ({error})")
+
+
+def _told(error: ValidationError) -> str:
+    """Which key is wrong and why; unlike `str(error)` it quotes no value, which is row text."""
+    # Of a union of message types each complains; those of another role say nothing.
+    errors = sorted(error.errors(), key=lambda one: one["type"] == "literal_error")
+    where = ".".join(map(str, errors[0]["loc"]))
+    return f"{where}: {errors[0]['msg'].removeprefix('Value error, ')}".removeprefix(": ")
 
 
 def _refuse(message: str) -> NoReturn:
