@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+import traceback
 from importlib import import_module
+from inspect import isabstract
+from pathlib import Path
 from typing import get_args
 
 from pipeline.config import JobConfig
@@ -37,12 +40,30 @@ def load_task(job: JobConfig, where: str = "job file") -> Task:
 
 
 def _class_of(module_name: str, kind: str) -> type[Task]:
-    module = import_module(module_name)
+    try:
+        module = import_module(module_name)
+    except Exception as error:
+        raise _broken(module_name, error) from error
     tasks = (t for t in vars(module).values() if isinstance(t, type) and issubclass(t, Task))
     for task in tasks:
         if get_args(task.model_fields["kind"].annotation) == (kind,):
+            if isabstract(task):
+                lacks = ", ".join(sorted(task.__abstractmethods__))
+                raise JobFileError(f"{module.__file__}: {task.__name__} lacks {lacks}")
             return task
     raise JobFileError(
         f"{module.__file__}: has no class for the kind `{kind}`",
         f'Derive one from `Task`, with the field `kind: Literal["{kind}"]`.',
     )
+
+
+def _broken(module_name: str, error: Exception) -> JobFileError:
+    """A kind's file that can't be imported: where, and why."""
+    file, line = f"{module_name.replace('.', '/')}.py", 0
+    if isinstance(error, SyntaxError):
+        line = error.lineno or 0
+    else:
+        for frame in traceback.extract_tb(error.__traceback__):
+            if Path(frame.filename).name == Path(file).name:
+                line = frame.lineno or 0
+    return JobFileError(f"{file}, line {line}: {type(error).__name__}: {error}", "Mend the file.")

@@ -109,7 +109,8 @@ def _job_file_error(
         case _:
             message = first["msg"].removeprefix("Value error, ")
             given = first["input"]
-            shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool) else ""
+            is_short = isinstance(given, str | int | float | bool) and len(repr(given)) <= 80
+            shown = f" (it is {given!r})" if is_short else ""
             if isinstance(first.get("ctx", {}).get("error"), SecretInJobFile):
                 shown = ""
             hint = _meaning(section, location)
@@ -143,14 +144,19 @@ def _known_keys(section: type[Section], location: Sequence[str]) -> list[str]:
 
 def _fields_at(section: type[Section], location: Sequence[str]) -> dict[str, Any]:
     """The fields at `location`, walking down the sections."""
-    fields: dict[str, Any] = dict(section.model_fields)
+    fields = _by_key(section)
     for part in location:
         if part not in fields:
             return {}
         kinds = [fields[part].annotation, *getattr(fields[part].annotation, "__args__", ())]
         nested = [k for k in kinds if isinstance(k, type) and issubclass(k, Section)]
-        fields = dict(nested[0].model_fields) if nested else {}
+        fields = _by_key(nested[0]) if nested else {}
     return fields
+
+
+def _by_key(section: type[Section]) -> dict[str, Any]:
+    """Fields by the names that they have in a job file."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:

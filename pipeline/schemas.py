@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +19,7 @@ from pydantic import ValidationError as ModelError
 from pydantic.errors import PydanticUserError
 
 from pipeline.errors import RowRejected
+from pipeline.imports import import_named
 
 Schema = dict[str, Any]
 
@@ -88,22 +86,10 @@ class AnswerSchema:
 
 
 def load_model(path: str) -> type[BaseModel]:
-    """The pydantic class at `module:Class`; modules are also sought in the working folder.
-
-    Raises ValueError if there is none.
-    """
-    name, colon, class_name = path.partition(":")
-    if not (colon and name and class_name):
-        raise ValueError("must be a JSON Schema, or `module:Class` for a pydantic class")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        model = getattr(import_module(name), class_name, None)
-    except Exception as error:  # whatever the user's module raises
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"module `{name}` can't be imported: {reason}") from error
+    """The pydantic class at `module:Class`, see `import_named`. Raises ValueError."""
+    model = import_named(path)
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
-        raise ValueError(f"module `{name}` has no pydantic class `{class_name}`")
+        raise ValueError(f"`{path}` is no pydantic class")
     return model
 
 

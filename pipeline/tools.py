@@ -9,13 +9,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib import import_module
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -26,6 +23,7 @@ from referencing import Registry
 
 from pipeline.conversations import Clean, arguments_of, check_messages, cleaned, said
 from pipeline.errors import RowRejected
+from pipeline.imports import import_named
 from pipeline.records import Completion, Message
 
 Ask = Callable[[list[Message]], Awaitable[Completion]]
@@ -35,21 +33,12 @@ _threads = ThreadPoolExecutor(64, thread_name_prefix="tool")
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """What `module:function` names; modules of the current directory are found too, behind the
-    installed ones. Raises ValueError."""
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ValueError(f"`{path}` is not of the form module:function")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        function: Callable[..., Any] | None = getattr(import_module(module), name, None)
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"`{path}` can't be imported, also not from {Path.cwd()}: {why}") from None
-    if function is None or not callable(function):
-        raise ValueError(f"`{path}`: {module} has no function of that name")
-    return function
+    """What `module:function` names, see `import_named`. Raises ValueError."""
+    function = import_named(path)
+    if not callable(function):
+        raise ValueError(f"`{path}` is no function")
+    called: Callable[..., Any] = function
+    return called
 
 
 def define(name: str, function: Callable[..., Any]) -> dict[str, Any]:

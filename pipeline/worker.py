@@ -186,7 +186,7 @@ class Worker:
             if isinstance(row, RowError):
                 raise row
             given = row if self._task.wants_raw_rows else self._clean(row)
-            output = await self._task.run(given, generate)
+            output = checked(await self._task.run(given, generate), self._task.output_type)
         except RowRejected as error:
             output = Output(None, "rejected", error.reason)
         except RowDeferred as error:
@@ -196,9 +196,8 @@ class Worker:
         except (EngineGone, AxbatchError):
             raise
         except Exception as error:
-            # A bug in a task kind is this row's trouble, not the job's. The type alone: the
-            # message may quote the row.
-            output = Output(None, "failed", f"task_error: {type(error).__name__}")
+            # A bug in a task kind is this row's trouble, not the job's.
+            output = Output(None, "failed", f"task_error: {bug_of(error)}")
         return output.with_usage(generate.usage)
 
     def _commit(self, unit: Unit, fingerprint: str, outputs: Sequence[Output]) -> Counts:
@@ -330,6 +329,30 @@ def _row_at(table: pa.Table, index: int) -> Row | RowError:
     except UnicodeDecodeError:
         return RowRejected("invalid_utf8")
     return row
+
+
+def checked(output: Any, value_type: pa.DataType) -> Output:
+    """What a task returned. Raises TypeError if that is no Output, or its value not of the type
+    of the result column; Arrow would make a list of a string's letters."""
+    if not isinstance(output, Output):
+        raise TypeError(f"`run` returned {type(output).__name__}, not Output")
+    value = output.value
+    is_text = pa.types.is_string(value_type) or pa.types.is_large_string(value_type)
+    if value is None or (is_text and isinstance(value, str)):
+        return output
+    if not is_text and not isinstance(value, str):
+        with suppress(pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+            pa.scalar(value, value_type)
+            return output
+    raise TypeError(f"the value is {type(value).__name__}, the column {value_type}")
+
+
+def bug_of(error: Exception) -> str:
+    """Its type and place; not its message, which may quote the row, unless it is our own."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if frame.name == checked.__name__:
+        return str(error)
+    return f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
 
 
 def _encodable(outputs: Sequence[Output]) -> list[Output]:

@@ -160,7 +160,7 @@ def test_a_class_counts_by_its_schema_and_not_by_its_path() -> None:
     [
         ({"schema": 3}, "task.schema: must be a JSON Schema, or `module:Class`"),
         ({"schema": {"type": "object"}}, r"task.schema: \$: its properties have no names"),
-        ({"schema": "nowhere:Order"}, "task.schema: module `nowhere` can't be imported"),
+        ({"schema": "nowhere:Order"}, "task.schema: `nowhere:Order` can't be imported"),
         ({"overflow": "chunk"}, "task.overflow: "),
     ],
 )

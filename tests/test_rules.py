@@ -35,6 +35,7 @@ LAYERS = [
         "pipeline.tokens",
         "pipeline.task",
         "pipeline.checks",
+        "pipeline.imports",
         "pipeline.templates",
         "pipeline.schemas",
         "pipeline.conversations",

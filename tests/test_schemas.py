@@ -320,12 +320,12 @@ def test_a_pydantic_class_is_its_schema_and_its_validators() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("Order", "must be a JSON Schema, or `module:Class`"),
-        (":Order", "must be a JSON Schema"),
-        ("no_such_module:Order", "module `no_such_module` can't be imported: ModuleNotFoundError"),
-        (f"{__name__}:Nothing", f"module `{__name__}` has no pydantic class `Nothing`"),
-        ("json:JSONDecoder", "module `json` has no pydantic class `JSONDecoder`"),
-        ("json:loads", "module `json` has no pydantic class `loads`"),
+        ("Order", "`Order` is not of the form module:name"),
+        (":Order", "`:Order` is not of the form module:name"),
+        ("no_such_module:Order", "`no_such_module:Order` can't be imported, .*ModuleNotFoundError"),
+        (f"{__name__}:Nothing", f"`{__name__}:Nothing`: {__name__} has no `Nothing`"),
+        ("json:JSONDecoder", "`json:JSONDecoder` is no pydantic class"),
+        ("json:loads", "`json:loads` is no pydantic class"),
         (f"{__name__}:Tree", r"\$\.children\[\]: holds itself \(#/\$defs/Tree\)"),
         (f"{__name__}:Free", r"\$\.notes: its properties have no names"),
         (f"{__name__}:Unwritable", f"{__name__}:Unwritable has no JSON Schema: "),
@@ -346,5 +346,5 @@ def test_modules_are_sought_in_the_working_folder(
     )
     assert load_model("orders_of_mine:Mine").__name__ == "Mine"
     Path("broken_of_mine.py").write_text("1 / 0\n")
-    with pytest.raises(ValueError, match="can't be imported: ZeroDivisionError"):
+    with pytest.raises(ValueError, match=r"can't be imported, .*: ZeroDivisionError"):
         load_model("broken_of_mine:Mine")

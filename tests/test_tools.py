@@ -118,12 +118,12 @@ def test_functions_of_the_current_directory_are_found(
 @pytest.mark.parametrize(
     ("path", "why"),
     [
-        ("json", "not of the form module:function"),
-        (":f", "not of the form module:function"),
-        ("json:", "not of the form module:function"),
+        ("json", "not of the form module:name"),
+        (":f", "not of the form module:name"),
+        ("json:", "not of the form module:name"),
         ("no_such_module:f", "`no_such_module:f` can't be imported, also not from /"),
-        ("json:no_such", "json has no function of that name"),
-        ("json:__name__", "json has no function of that name"),
+        ("json:no_such", "json has no `no_such`"),
+        ("json:__name__", "is no function"),
         ("broken_module:f", "NameError: name 'oops' is not defined"),
     ],
 )

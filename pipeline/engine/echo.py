@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import Field
@@ -37,13 +38,20 @@ class EchoOptions(Section):
     """Tokens of prompt and answer together."""
 
 
+KNOWN = [*EchoOptions.model_fields]
+NEAR = 0.85
+"""How like one of ours (of 1) an option must be to be meant for us."""
+
+
 class EchoEngine:
     """Deterministic; rejects what is no chat body or too long."""
 
     control_tokens: Sequence[str] = ()
 
     def __init__(self, model: ModelConfig) -> None:
-        self._options = parse_section(EchoOptions, model.engine, "job file", "model.engine.")
+        self._options = parse_section(
+            EchoOptions, _own_options(model.engine), "job file", "model.engine."
+        )
         self.max_num_seqs = self._options.max_num_seqs
         self.max_model_len = self._options.max_model_len
         self._slots = asyncio.Semaphore(self.max_num_seqs)
@@ -90,6 +98,12 @@ class EchoEngine:
                 },
             },
         )
+
+
+def _own_options(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those of vLLM, so that a job may be tried with `--set model.backend=echo`. One that
+    is nearly ours stays in, to be refused with the right name."""
+    return {name: engine[name] for name in engine if get_close_matches(name, KNOWN, 1, NEAR)}
 
 
 def _texts(body: Mapping[str, Any]) -> list[str]:
