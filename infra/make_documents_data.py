@@ -28,6 +28,10 @@ SEED = 11  # training and exam have others
 ROWS = 60
 LONG_NOTICES = 40
 
+LONG_ROWS = 24
+NOTICES_BEHIND = {3: 16, 10: 24, 20: 60}
+"""Row -> how many."""
+
 FIELDS = ("customer", "item", "quantity", "price", "city", "delivery_date")
 """What every order tells."""
 
@@ -44,6 +48,16 @@ def notices(dice: random.Random) -> list[dict[str, Any]]:
     texts = [make_notice(dice, held_out=True)[0] for _ in range(ROWS)]
     texts[20] = "\n\n".join(make_notice(dice, held_out=True)[0] for _ in range(LONG_NOTICES))
     return [{"id": number, "text": text} for number, text in enumerate(texts, 1)]
+
+
+def long(dice: random.Random) -> list[dict[str, Any]]:
+    """Orders, some of them with so many notices behind that the model's own context, or even four
+    times as much, can't hold them."""
+    rows = orders(dice)[:LONG_ROWS]
+    for row, count in NOTICES_BEHIND.items():
+        behind = [make_notice(dice, held_out=True)[0] for _ in range(count)]
+        rows[row]["text"] = "\n\n".join([rows[row]["text"], *behind])
+    return rows
 
 
 def questions(dice: random.Random) -> list[dict[str, Any]]:
@@ -78,6 +92,7 @@ def _reading_questions(dice: random.Random) -> Iterator[dict[str, Any]]:
 FILES: dict[str, Callable[[random.Random], list[dict[str, Any]]]] = {
     "orders": orders,
     "notices": notices,
+    "long": long,
     "questions": questions,
     "countries": countries,
 }
