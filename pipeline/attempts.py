@@ -77,11 +77,12 @@ def bury(journal: Path, output: Folder) -> None:
     journal.rename(journal.with_suffix(".buried"))
 
 
-def bury_the_dead(folder: Path, run: str, output: Folder) -> None:
-    """Do so for all workers of the run that died on this machine.
+def bury_the_dead(folder: Path, run: str, lane: str, output: Folder) -> None:
+    """Do so for all workers of the run that died on this machine. `lane` is what the names of its
+    lane's journals begin with: when a lane is through, its idle workers end and are no deaths.
 
     Raises:
-        EngineError: the last IDLE_DEATHS of them had finished nothing.
+        EngineError: the last IDLE_DEATHS of the lane had finished nothing.
     """
     for journal in sorted(folder.glob(f"{run}.*.journal")):
         with journal.open("rb") as file:
@@ -90,7 +91,7 @@ def bury_the_dead(folder: Path, run: str, output: Folder) -> None:
             except BlockingIOError:
                 continue  # it lives
             bury(journal, output)
-    buried = _buried(folder, run)
+    buried = _buried(folder, lane)
     if len(buried) >= IDLE_DEATHS and not any(map(_finished_some, buried[-IDLE_DEATHS:])):
         raise EngineError(
             f"{IDLE_DEATHS} engines in a row died on this machine before they finished anything",

@@ -60,13 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _validate(options: argparse.Namespace, console: Console) -> int:
-    from pipeline.engine import check_engine
-    from pipeline.model import resolve_model
+    from pipeline.lanes import check_lanes
 
     job, task = _load(options)
     plan = _plan(job, task)
-    check_engine(job.model)
-    resolve_model(job.model)
+    check_lanes(job.model)
     valid = f"{options.job}: valid; {plan.rows:,} rows in {len(plan.shards):,} file(s)"
     console.print(valid, markup=False, highlight=False, soft_wrap=True)
     return 0

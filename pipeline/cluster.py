@@ -13,8 +13,9 @@ from contextlib import contextmanager
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from pipeline.config import JobConfig, ModelConfig
+from pipeline.config import JobConfig, ModelConfig, ReplicaRange
 from pipeline.errors import ClusterError, ModelError
+from pipeline.lanes import Lane
 from pipeline.plan import Plan
 from pipeline.ray_settings import cluster_address
 from pipeline.records import Receipt
@@ -57,12 +58,9 @@ def ray_cluster(job: JobConfig) -> Iterator[None]:
                 logging_level=logging.ERROR,
             )
     except Exception as error:  # Ray raises it as it is when its own processes die or stay away
-        hint = (
-            "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS."
-        )
         raise ClusterError(
             f"Ray at {address or 'this machine'}: {' '.join(str(error).split())[:200]}",
-            hint if address else "Run the same command again.",
+            START_A_CLUSTER if address else "Run the same command again.",
         ) from error
     catch_signals()  # ray.init put its own handler of SIGTERM in place of ours
     try:
@@ -96,37 +94,42 @@ def _local_cpus(job: JobConfig) -> int:
     return max(cores, (job.cluster.cpus_per_replica or 1) * job.cluster.range.max)
 
 
-def replica_resources(job: JobConfig, model: ModelConfig) -> Resources:
-    """What a replica with this model reserves on the cluster that we are connected to.
+def replica_resources(job: JobConfig, lane: Lane, units: int) -> Resources:
+    """What the lane's replicas reserve on the cluster that we are connected to. No more of them
+    are started than there are units, and of a second lane no more than there is room for.
 
     Raises:
         ClusterError: there is too little room for the replicas.
         ModelError: one replica needs more than the largest machine has.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    replicas = job.cluster.range
+    model, wanted = lane.model, job.cluster.range
+    most = max(1, min(wanted.max, units))
+    replicas = ReplicaRange(min=min(wanted.min, most), max=most)
     if model.backend != "vllm":
-        return Resources(gpus=0, cpus=job.cluster.cpus_per_replica or 1)
+        return Resources(0, job.cluster.cpus_per_replica or 1, replicas)
     world = model.world_size
     gpus = [int(node.get("GPU", 0)) for node in nodes]
     if any(gpus):
         if world > max(gpus):
             raise _too_large(world, f"the largest machine has {max(gpus)} GPUs")
         room = sum(count // world for count in gpus)
+        if lane.is_second:
+            replicas = ReplicaRange(min=min(replicas.min, room), max=replicas.max)
         if replicas.min > room:
             raise ClusterError(
                 f"cluster.replicas: {replicas.min} replicas of {world} GPUs do not fit; "
                 f"there is room for {room}",
                 "Lower `cluster.replicas`, or wait for the cluster to grow.",
             )
-        return Resources(gpus=world, cpus=1)
+        return Resources(world, 1, replicas)
     cores = [math.floor(node.get("CPU", 0)) for node in nodes]
     local = len(os.sched_getaffinity(0))
     largest = min(max(cores, default=0), local) if len(nodes) == 1 else max(cores, default=0)
     if world > largest:
         raise _too_large(world, f"this machine has no GPU and {largest} cores")
     share = largest // math.ceil(replicas.max / max(1, len(nodes)))
-    return Resources(gpus=0, cpus=job.cluster.cpus_per_replica or max(world, share))
+    return Resources(0, job.cluster.cpus_per_replica or max(world, share), replicas)
 
 
 def _too_large(world: int, limit: str) -> ModelError:
@@ -143,7 +146,8 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
     Raises:
         AxbatchError: what a worker or a reader raised; a ClusterError if Ray itself gave up.
     """
-    replicas, share = spec.job.cluster.range, spec.share
+    share = spec.share
+    replicas = share.replicas
     in_flight = units_in_flight(spec.lane.model, plan)
     context = DataContext.get_current()
     # A block is cut as soon as it exceeds this: every unit is its own block, and so its own task.

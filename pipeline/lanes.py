@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.config import ModelConfig
+from pipeline.engine import check_engine
 from pipeline.errors import ModelError
-from pipeline.model import read_config
+from pipeline.model import read_config, resolve_model
 from pipeline.parts import (
     PARTS,
     Overlay,
     missing_ranges,
-    not_ok_rows,
     overlay_key,
-    part_path,
     parts_among,
-    read_stamp,
 )
-from pipeline.plan import Plan, ShardPlan
-from pipeline.records import DEFERRED, Counts, Unit, counted_as
+from pipeline.plan import UNIT_BYTES, Plan, ShardPlan, find_deferred
+from pipeline.records import Counts
 from pipeline.storage import Folder
+
+BYTES_PER_TOKEN = 4
+"""Of prose, about; Korean has more."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class Lane:
     """Tokens of context that the next lane may have; 0 where there is none."""
     factor: float = 1.0
     """Context as a multiple of the model's own."""
+    is_second: bool = False
+    """Whether it is there for what another lane deferred."""
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"yarn x{self.factor:.2g}" if self.name == "yarn" else self.name
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,16 @@ def first_lane(model: ModelConfig) -> Lane:
         case "auto":
             return Lane("native", model, longest=_longest(model))
         case "yarn":
-            return yarn_lane(model, _longest(model))
+            return yarn_lane(model, int(model.engine.get("max_model_len", _longest(model))))
+
+
+def check_lanes(model: ModelConfig) -> None:
+    """What can be known of every lane's engine without starting it: a mistake in the second is not
+    to show when the first is through. Raises JobFileError, ModelError, EngineError."""
+    lane = first_lane(model)
+    for each in [lane, yarn_lane(model, lane.longest)] if lane.longest else [lane]:
+        resolve_model(each.model)
+        check_engine(each.model)
 
 
 def yarn_lane(model: ModelConfig, tokens: int) -> Lane:
@@ -86,13 +103,13 @@ def yarn_overrides(config: dict[str, Any], own: int, factor: float) -> dict[str,
     """What vLLM changes in the model's config.json. It takes the longer context only with
     `max_position_embeddings` beside the rope parameters (seen with vLLM 0.32, transformers 5)."""
     rope = {
+        **(config.get("rope_parameters") or {}),
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": own,
     }
-    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
-    if theta is not None:
-        rope["rope_theta"] = theta
+    if "rope_theta" in config:  # as models of transformers 4 have it
+        rope.setdefault("rope_theta", config["rope_theta"])
     return {"rope_parameters": rope, "max_position_embeddings": math.ceil(own * factor)}
 
 
@@ -118,19 +135,30 @@ def _longest(model: ModelConfig) -> int:
     return int(own_context(model) * model.yarn.factor)
 
 
-def plan_deferred(identity: str, waiting: Iterable[ShardPlan], output: Folder) -> Plan:
-    """The deferred rows of these shards, whose own rows are all committed."""
-    parts = parts_among(output.list(PARTS))
+def plan_deferred(
+    identity: str, waiting: Iterable[ShardPlan], output: Folder, longest: int
+) -> Plan:
+    """The deferred rows of these shards, whose own rows are all committed. `longest` is the tokens
+    of the longest: their units are as large as those of other rows, in bytes, so of few rows."""
+    rows_per_unit = max(1, UNIT_BYTES // (BYTES_PER_TOKEN * longest))
+    waiting, parts = list(waiting), parts_among(output.list(PARTS))
+    rows_of = find_deferred(waiting, output, parts)
 
     def deferred(planned: ShardPlan) -> ShardPlan:
-        rows = array("q", _deferred_rows(output, parts.get(planned.key, [])))
+        rows = rows_of[planned.key]
         key = overlay_key(planned.key, rows)
         shard = planned.shard
         before = shard.selected
         selected = array("q", (before[row] for row in rows)) if before is not None else rows
         count = len(rows)
         return ShardPlan(
-            replace(shard, rows=count, row_groups=(count,), selected=selected),
+            replace(
+                shard,
+                rows=count,
+                row_groups=(count,),
+                selected=selected,
+                rows_per_unit=min(shard.rows_per_unit, rows_per_unit),
+            ),
             key,
             None,
             missing_ranges(count, parts.get(key, [])),
@@ -139,17 +167,3 @@ def plan_deferred(identity: str, waiting: Iterable[ShardPlan], output: Folder) -
         )
 
     return Plan(identity, list(map(deferred, waiting)))
-
-
-def _deferred_rows(output: Folder, parts: list[Unit]) -> Iterator[int]:
-    """Positions of deferred rows. Parts may overlap; a row counts as merging takes it."""
-    position = 0
-    for unit in parts:
-        if unit.stop <= position:
-            continue
-        stamp = read_stamp(output, part_path(unit))
-        if stamp and stamp.counts.deferred:
-            for row, counted in not_ok_rows(output, part_path(unit)):
-                if counted == counted_as(DEFERRED, DEFERRED) and unit.start + row >= position:
-                    yield unit.start + row
-        position = unit.stop

@@ -29,7 +29,7 @@ from pipeline.parts import (
     parts_among,
     retry_key,
 )
-from pipeline.records import Counts, Unit, Usage
+from pipeline.records import DEFERRED, Counts, Unit, Usage
 from pipeline.storage import Folder
 
 # Rows (or bytes) that are held before a row group is written. A tenth of Parquet's usual
@@ -144,6 +144,12 @@ def _write_shard(
                 writer.write_table(pa.concat_tables(buffered))
                 buffered = []
         writer.write_table(pa.concat_tables([*buffered, schema.empty_table()]))
+        if counts.statuses[DEFERRED]:
+            raise StorageError(
+                f"{output.url}/{stamp.shard}: {counts.statuses[DEFERRED]:,} rows wait for the next "
+                "lane, as another run's parts say",
+                "Run the same command again.",
+            )
         counts.longest = max(stamp.counts.longest, results.longest)
         footer = replace(stamp, counts=counts).to_footer()
         writer.add_key_value_metadata({FOOTER_KEY: footer})

@@ -43,7 +43,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import RefusedError
 from pipeline.parquet import input_errors, open_parquet, parquet_writer, read_batches
-from pipeline.records import Counts, Output, Unit, Usage, counted_as
+from pipeline.records import DEFERRED, Counts, Output, Unit, Usage, counted_as
 from pipeline.storage import Entry, Folder
 
 PARTS = "_axbatch/parts"
@@ -127,7 +127,13 @@ class Overlay:
 
 def overlay_key(key: str, rows: array[int]) -> str:
     """The key of the deferred rows of a shard whose own is `key`."""
-    return f"{key}-deferred-{hashlib.sha256(rows.tobytes()).hexdigest()[:12]}"
+    return overlays_of(key) + hashlib.sha256(rows.tobytes()).hexdigest()[:12]
+
+
+def overlays_of(key: str) -> str:
+    """What the keys of all deferred rows of it begin with. There is one once its own rows are
+    committed; more only where two writers disagreed on a row that killed an engine."""
+    return f"{key}-deferred-"
 
 
 def name_of(key: str) -> str:
@@ -196,15 +202,29 @@ def part_path(unit: Unit) -> str:
 
 def not_ok_rows(output: Folder, path: str) -> Iterator[tuple[int, str]]:
     """Rows of a part or a published shard that are not ok, by their position in it, with
-    `status: code` as in Counts.reasons."""
-    url = f"{output.url}/{path}"
+    `status: code` as in Counts.reasons. Deferred rows have no status yet and are left out."""
+    for start, batch in _batches(output, path, ["_status", "_reason"]):
+        statuses, reasons = batch["_status"], batch["_reason"]
+        not_ok = pc.invert(pc.is_in(statuses, pa.array(["ok", DEFERRED])))
+        for row in pc.indices_nonzero(not_ok).to_pylist():
+            yield start + row, counted_as(statuses[row].as_py(), reasons[row].as_py())
+
+
+def deferred_rows(output: Folder, path: str) -> Iterator[int]:
+    """Positions of a part's rows that it leaves to the next lane."""
+    for start, batch in _batches(output, path, ["_status"]):
+        for row in pc.indices_nonzero(pc.equal(batch["_status"], DEFERRED)).to_pylist():
+            yield start + row
+
+
+def _batches(
+    output: Folder, path: str, columns: Sequence[str]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """These columns of a part or a published shard, with the number of each batch's first row."""
+    url, start = f"{output.url}/{path}", 0
     with input_errors(url), output.open(path) as file:
-        start = 0
-        for batch in read_batches(open_parquet(file), url, columns=["_status", "_reason"]):
-            rows = pc.indices_nonzero(pc.not_equal(batch["_status"], "ok")).to_pylist()
-            for row in rows:
-                status, reason = batch["_status"][row].as_py(), batch["_reason"][row].as_py()
-                yield start + row, counted_as(status, reason)
+        for batch in read_batches(open_parquet(file), url, columns=columns):
+            yield start, batch
             start += batch.num_rows
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import compress
+from itertools import accumulate, compress
 from typing import Any
 
 import pyarrow as pa
@@ -25,10 +26,12 @@ from pipeline.parts import (
     Overlay,
     Stamp,
     check_same_origin,
+    deferred_rows,
     key_of,
     missing_ranges,
     name_of,
     not_ok_rows,
+    overlays_of,
     part_path,
     parts_among,
     read_stamp,
@@ -90,6 +93,24 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Deferred:
+    """What the parts of a shard say of the rows that they leave to the next lane."""
+
+    rows: int = 0
+    longest: int = 0
+    """Tokens of context that the longest of them needs."""
+    units: tuple[Unit, ...] = ()
+    """In whose parts they are."""
+    done: tuple[Unit, ...] = ()
+    """The next lane's parts of them."""
+
+    @property
+    def waiting(self) -> int:
+        """Rows that the next lane has not done yet."""
+        return sum(stop - start for start, stop in missing_ranges(self.rows, self.done))
+
+
+@dataclass(frozen=True)
 class ShardPlan:
     """A shard and its state on storage."""
 
@@ -99,11 +120,10 @@ class ShardPlan:
     published: Stamp | None
     """The stamp of its output file, if it has one."""
     pending: list[tuple[int, int]]
-    """Row ranges without a part; empty and unpublished means ready to publish."""
+    """Row ranges without a part; with none, and none deferred, it is ready to publish."""
     leftovers: tuple[str, ...] = ()
     """See Plan."""
-    deferred: Counts = field(default_factory=Counts)
-    """Of its parts, where rows of them may wait for the next lane."""
+    deferred: Deferred = Deferred()
     completes: ShardPlan | None = None
     """The shard whose deferred rows it consists of; that one is published with it."""
     overlay: Overlay | None = None
@@ -114,8 +134,13 @@ class ShardPlan:
         return sum(stop - start for start, stop in self.pending)
 
     @property
+    def to_do_rows(self) -> int:
+        """Without a part, or with one that leaves them to the next lane, which has none."""
+        return self.pending_rows + self.deferred.waiting
+
+    @property
     def done_rows(self) -> int:
-        return self.shard.rows - self.pending_rows
+        return self.shard.rows - self.to_do_rows
 
     def units(self) -> Iterator[Unit]:
         """Pending units in row order, cut on a grid that follows from the shard alone."""
@@ -138,6 +163,8 @@ class Plan:
     leftovers: Sequence[str] = ()
     """Keys whose parts nobody needs any more: a crash came before they were dropped, or the input
     has changed since."""
+    may_defer: bool = False
+    """Whether parts may leave rows to a next lane."""
 
     @property
     def is_retry(self) -> bool:
@@ -153,8 +180,22 @@ class Plan:
 
     @property
     def deferred_rows(self) -> int:
-        """Committed rows that wait for the next lane."""
-        return sum(s.deferred.deferred for s in self.shards)
+        """Rows that parts leave to the next lane, those too that it has done already."""
+        return sum(s.deferred.rows for s in self.shards)
+
+    @property
+    def waiting_rows(self) -> int:
+        """Deferred rows that the next lane has not done yet."""
+        return sum(s.deferred.waiting for s in self.shards)
+
+    @property
+    def to_do_rows(self) -> int:
+        """In whichever lane."""
+        return sum(s.to_do_rows for s in self.shards)
+
+    @property
+    def done_rows(self) -> int:
+        return self.rows - self.to_do_rows
 
     @property
     def longest(self) -> int:
@@ -184,8 +225,8 @@ class Plan:
             "rows": self.rows,
             "bytes": sum(s.shard.bytes for s in self.shards),
             "units_pending": sum(1 for s in self.shards for _ in s.units()),
-            "rows_pending": self.pending_rows,
-            "rows_deferred": self.deferred_rows,
+            "rows_pending": self.to_do_rows,
+            "rows_deferred": self.waiting_rows,
             "shards_published": len(self.shards) - len(self.unpublished),
         }
 
@@ -222,8 +263,8 @@ def plan_shards(
     on_change: OnChange = "refuse",
     may_defer: bool = False,
 ) -> Plan:
-    """Compare the shards with what the output holds; with `may_defer`, see which rows of parts wait
-    for the next lane. Raises RefusedError, see `make_plan`."""
+    """Compare the shards with what the output holds; with `may_defer`, see what their parts leave
+    to the next lane. Raises RefusedError, see `make_plan`."""
     entries = output.list()
     parts = parts_among(entries)
     keys: defaultdict[str, list[str]] = defaultdict(list)
@@ -247,10 +288,8 @@ def plan_shards(
             url = f"{output.url}/{path}"
             with suppress(NoSuchFileError):  # published, and dropped, while we looked
                 _check_origin(read_stamp(output, path), shard, identity, url, on_change)
-        units = parts.get(key, [])
-        deferred = _deferred(output, units) if may_defer else Counts()
         return ShardPlan(
-            shard, key, None, missing_ranges(shard.rows, units), leftovers, deferred=deferred
+            shard, key, None, missing_ranges(shard.rows, parts.get(key, [])), leftovers
         )
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
@@ -259,7 +298,10 @@ def plan_shards(
             others = sorted({*made, *keys} - {shard.name for shard in shards})
             was_made = pool.map(lambda name: name in keys or _is_of(identity, name, output), others)
             _refuse_vanished(compress(others, was_made), output)
-    return Plan(identity, states, leftovers=[key for each in states for key in each.leftovers])
+    if may_defer:
+        states = _with_deferred(states, output, parts)
+    leftovers = [key for each in states for key in each.leftovers]
+    return Plan(identity, states, leftovers=leftovers, may_defer=may_defer)
 
 
 def plan_retry(plan: Plan, output: Folder, retry: Retry) -> Plan:
@@ -277,10 +319,9 @@ def plan_retry(plan: Plan, output: Folder, retry: Retry) -> Plan:
         key = retry_key(stamp, rows)
         count = len(rows)
         shard = replace(planned.shard, rows=count, row_groups=(count,), selected=rows)
-        units = parts.get(key, [])
-        deferred = _deferred(output, units)
-        deferred.longest = max(deferred.longest, stamp.counts.longest)
-        return ShardPlan(shard, key, None, missing_ranges(count, units), deferred=deferred)
+        deferred = Deferred(longest=stamp.counts.longest)
+        pending = missing_ranges(count, parts.get(key, []))
+        return ShardPlan(shard, key, None, pending, deferred=deferred)
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         for planned, selected in zip(plan.shards, pool.map(select, plan.shards), strict=True):
@@ -288,18 +329,82 @@ def plan_retry(plan: Plan, output: Folder, retry: Retry) -> Plan:
                 wanted.append(selected)
             elif planned.published:
                 untouched.add(planned.published.counts)
-    return Plan(plan.identity, wanted, untouched, plan.leftovers)
+    if plan.may_defer:
+        wanted = _with_deferred(wanted, output, parts)
+    return Plan(plan.identity, wanted, untouched, plan.leftovers, plan.may_defer)
 
 
-def _deferred(output: Folder, units: Iterable[Unit]) -> Counts:
-    """Of these parts; from their footers."""
-    counts = Counts()
-    for unit in units:
-        stamp = read_stamp(output, part_path(unit))
-        if stamp:
-            counts.deferred += stamp.counts.deferred
-            counts.longest = max(counts.longest, stamp.counts.longest)
-    return counts
+def _with_deferred(
+    plans: Sequence[ShardPlan], output: Folder, parts: Mapping[str, list[Unit]]
+) -> list[ShardPlan]:
+    """What the parts of each shard that is not published leave to the next lane, from their
+    footers. A name can't say it: two writers of one unit may disagree on a row that killed an
+    engine, and have to collide."""
+    units = [unit for p in plans if not p.published for unit in _merged(parts.get(p.key, []))]
+
+    def counts_of(unit: Unit) -> Counts:
+        with suppress(NoSuchFileError):  # published, and dropped, while we looked
+            stamp = read_stamp(output, part_path(unit))
+            return stamp.counts if stamp else Counts()
+        return Counts()
+
+    found: defaultdict[str, list[tuple[Unit, Counts]]] = defaultdict(list)
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        for unit, counts in zip(units, pool.map(counts_of, units), strict=True):
+            if counts.deferred:
+                found[unit.shard].append((unit, counts))
+    later: defaultdict[str, list[list[Unit]]] = defaultdict(list)
+    for key, done in parts.items():
+        later[name_of(key)].append(done)
+
+    def with_deferred(planned: ShardPlan) -> ShardPlan:
+        of_it = found.get(planned.key)
+        if not of_it:
+            return planned
+        overlays = overlays_of(planned.key)
+        made = [d for d in later[planned.shard.name] if d[0].shard.startswith(overlays)]
+        deferred = Deferred(
+            sum(counts.deferred for _, counts in of_it),
+            max(planned.deferred.longest, *(counts.longest for _, counts in of_it)),
+            tuple(unit for unit, _ in of_it),
+            tuple(max(made, key=lambda done: sum(unit.rows for unit in done), default=())),
+        )
+        return replace(planned, deferred=deferred)
+
+    return list(map(with_deferred, plans))
+
+
+def find_deferred(
+    plans: Sequence[ShardPlan], output: Folder, parts: Mapping[str, list[Unit]]
+) -> dict[str, array[int]]:
+    """By the key of each shard, the rows that its parts leave to the next lane. Reads the parts
+    that are known to hold some. Where parts overlap, a row counts as merging takes it."""
+    units, starts = [], []
+    for planned in plans:
+        known = sorted(planned.deferred.units)
+        begins = [unit.start for unit in known]
+        ends = list(accumulate((unit.stop for unit in known), max))
+        for unit, start in _merged(parts.get(planned.key, [])).items():
+            before = bisect_left(begins, unit.stop)  # as many begin before its end
+            if before and ends[before - 1] > unit.start:
+                units.append(unit)
+                starts.append(start)
+    rows = {planned.key: array("q") for planned in plans}
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        read = pool.map(lambda unit: list(deferred_rows(output, part_path(unit))), units)
+        for unit, start, found in zip(units, starts, read, strict=True):
+            rows[unit.shard].extend(unit.start + r for r in found if unit.start + r >= start)
+    return rows
+
+
+def _merged(parts: Iterable[Unit]) -> dict[Unit, int]:
+    """Those of a shard's parts that merging takes rows of, with the first row that it takes."""
+    taken, position = {}, 0
+    for unit in parts:
+        if unit.stop > position:
+            taken[unit] = max(unit.start, position)
+            position = unit.stop
+    return taken
 
 
 def find_shards(job: JobConfig, task: Task, output: Folder) -> list[Shard]:

@@ -25,11 +25,17 @@ class Progress:
 
     def __init__(self, plan: Plan, replicas: int) -> None:
         self.rows = plan.rows
+        self.lane = ""
+        """Its title, once there is a second."""
         self.units = sum(1 for shard in plan.shards for _ in shard.units())
         self.replicas = replicas
         self.counts = Counts()
+        """Of this run; `deferred` counts rows that are still to do in it."""
         self.units_done = 0
-        self._done_before = plan.rows - plan.pending_rows - plan.deferred_rows
+        self._done_before = plan.done_rows
+        self._lane_rows = plan.pending_rows
+        """That the lane is to do, or to leave to the next."""
+        self._lane_counts = Counts()
         self._started = time.monotonic()
         self._before = 0.0
         """Seconds of computing in lanes that are through."""
@@ -43,9 +49,14 @@ class Progress:
     def begin(self) -> None:
         self._started = time.monotonic()
 
-    def expect(self, deferred: Plan) -> None:
-        """More units, of rows that have been counted as deferred; their engine is yet to start."""
+    def expect(self, deferred: Plan, lane: str) -> None:
+        """All that is left, once the first lane is through: for a lane of this title, whose engine
+        is yet to start."""
         with self._lock:
+            self.lane = lane
+            self._lane_rows, self._lane_counts = deferred.pending_rows, Counts()
+            self._done_before = self.rows - self.counts.rows - deferred.pending_rows
+            self.counts.deferred = deferred.pending_rows
             self._before, self._first = self.seconds, None
             self._workers_before, self._seen = self.workers, {}
             self._started = time.monotonic()
@@ -61,16 +72,19 @@ class Progress:
             self._seen[receipt.worker] = now
             self._longest_unit = max(self._longest_unit, receipt.seconds)
             self.units_done += 1
+            if self.lane:
+                self.counts.deferred = max(0, self.counts.deferred - receipt.counts.rows)
             self.counts.add(receipt.counts)
+            self._lane_counts.add(receipt.counts)
 
     @property
     def seconds(self) -> float:
-        """From the first unit's arrival at an engine to the last receipt."""
-        return self._before + (self._last - self._first if self._first is not None else 0.0)
+        """From the first unit's arrival at an engine to the last receipt, in all lanes."""
+        return self._before + self._lane_seconds
 
     @property
-    def rows_per_second(self) -> float:
-        return self.counts.rows / self.seconds if self.seconds > 0 else 0.0
+    def _lane_seconds(self) -> float:
+        return self._last - self._first if self._first is not None else 0.0
 
     @property
     def workers(self) -> int:
@@ -84,22 +98,28 @@ class Progress:
         return sum(now - seen < silence for seen in list(self._seen.values()))
 
     def facts(self) -> list[tuple[str, str]]:
-        """Label and value, in the order shown."""
+        """Label and value, in the order shown. Rates and ETA are the lane's, the rest is of all
+        lanes."""
         with self._lock:
             done = self._done_before + self.counts.rows
-            rate, seconds = self.rows_per_second, max(self.seconds, 1e-9)
-            usage = self.counts.usage
+            lane, seconds = self._lane_counts, max(self._lane_seconds, 1e-9)
+            usage = lane.usage
+            through = lane.rows + lane.deferred
             eta = "-"
-            if rate > 0:
-                eta = str(timedelta(seconds=round((self.rows - done) / rate)))
+            if through and self._lane_seconds > 0:
+                left = max(0, self._lane_rows - through) * seconds / through
+                eta = str(timedelta(seconds=round(left)))
             share = 100 * done / max(1, self.rows)
+            rate = lane.rows / seconds if self._lane_seconds > 0 else 0.0
             return [
+                *([("lane", self.lane)] if self.lane else []),
                 ("rows", f"{done:,}/{self.rows:,} ({share:.0f}%)"),
                 ("units", f"{self.units_done:,}/{self.units:,}"),
                 ("rows/s", f"{rate:,.1f}"),
                 ("tokens/s in", f"{usage.prompt_tokens / seconds:,.0f}"),
                 ("out", f"{usage.completion_tokens / seconds:,.0f}"),
                 ("not ok", f"{self.counts.not_ok:,}"),
+                *([("deferred", f"{lane.deferred:,}")] if lane.deferred else []),
                 ("replicas", f"{self.replicas_up}/{self.replicas}"),
                 ("ETA", eta),
             ]
@@ -107,7 +127,8 @@ class Progress:
     def line(self) -> str:
         if self._first is None:
             waited = time.monotonic() - self._started
-            return f"starting {self.replicas} replica(s), {waited:.0f} s so far"
+            lane = f" of lane {self.lane}" if self.lane else ""
+            return f"starting {self.replicas} replica(s){lane}, {waited:.0f} s so far"
         return " · ".join(f"{label} {value}" for label, value in self.facts())
 
     def __rich__(self) -> Table:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 
@@ -13,7 +14,7 @@ from pipeline.batch_file import writing_lines
 from pipeline.merging import publish, republish
 from pipeline.parts import PARTS, Stamp, result_fields
 from pipeline.plan import Plan, ShardPlan
-from pipeline.records import Counts, Receipt
+from pipeline.records import Counts, Receipt, Unit
 from pipeline.storage import Folder
 from pipeline.task import Task
 
@@ -36,7 +37,8 @@ class Publisher:
         self._plan = plan
         self._shards: dict[str, ShardPlan] = {}
         self._missing: dict[str, int] = {}
-        self._deferred: Counter[str] = Counter()
+        self._deferred: defaultdict[str, list[Unit]] = defaultdict(list)
+        """Units that leave rows to the next lane."""
         self.missing_rows = 0
         """That have no receipt yet, of what is expected."""
         self._received: dict[str, set[int]] = {}
@@ -65,7 +67,7 @@ class Publisher:
         for planned in plan.unpublished:
             self._shards[planned.key] = planned
             self._missing[planned.key] = planned.pending_rows
-            self._deferred[planned.key] = planned.deferred.deferred
+            self._deferred[planned.key] = [*planned.deferred.units]
             self._received[planned.key] = set()
         self.missing_rows += plan.pending_rows
         for planned in plan.unpublished:
@@ -76,7 +78,7 @@ class Publisher:
     def waiting(self) -> list[ShardPlan]:
         """Shards that a lane has completed but for the rows that it deferred."""
         return [
-            planned
+            replace(planned, deferred=replace(planned.deferred, units=(*self._deferred[key],)))
             for key, planned in self._shards.items()
             if self._deferred[key] and not self._missing[key]
         ]
@@ -89,7 +91,8 @@ class Publisher:
         if unit.start in self._received[unit.shard]:
             return
         self._received[unit.shard].add(unit.start)
-        self._deferred[unit.shard] += receipt.counts.deferred
+        if receipt.counts.deferred:
+            self._deferred[unit.shard].append(unit)
         self._missing[unit.shard] -= unit.rows
         self.missing_rows -= unit.rows
         if self._missing[unit.shard] == 0:

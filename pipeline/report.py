@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pipeline.conversations import without_nulls
 from pipeline.errors import EXIT_TOO_MANY_NOT_OK
+from pipeline.lanes import LaneUse
 from pipeline.parquet import open_parquet
 from pipeline.plan import Plan
 from pipeline.records import STATUSES, Counts
@@ -29,7 +30,13 @@ def show_plan(plan: Plan, console: Console) -> None:
     table.add_row("files", f"{facts['shards']:,}")
     table.add_row("rows", f"{facts['rows']:,}")
     table.add_row("size", f"{facts['bytes'] / 1e6:,.1f} MB")
-    table.add_row("to do", f"{facts['rows_pending']:,} rows in {facts['units_pending']:,} units")
+    to_do, units = f"{plan.to_do_rows:,} rows", f"in {facts['units_pending']:,} units"
+    if not plan.waiting_rows:
+        to_do += f" {units}"
+    elif plan.pending_rows:
+        to_do += f", {plan.pending_rows:,} of them {units}"
+    table.add_row("to do", to_do)
+    _add_waiting(table, plan)
     table.add_row("published", f"{facts['shards_published']:,} of {facts['shards']:,} files")
     table.add_row("identity", facts["identity"])
     console.print(table)
@@ -38,8 +45,8 @@ def show_plan(plan: Plan, console: Console) -> None:
 def show_status(status: Status, console: Console) -> None:
     plan = status.plan
     table = _facts_table("Status")
-    done = plan.rows - plan.pending_rows
-    table.add_row("rows done", f"{done:,} of {plan.rows:,}")
+    table.add_row("rows done", f"{plan.done_rows:,} of {plan.rows:,}")
+    _add_waiting(table, plan)
     published = len(plan.shards) - len(plan.unpublished)
     table.add_row("files published", f"{published:,} of {len(plan.shards):,}")
     _add_counts(table, status.counts)
@@ -55,6 +62,9 @@ def show_summary(summary: Summary, console: Console) -> None:
     table = _facts_table("Done")
     table.add_row("rows", f"{summary.counts.rows:,}")
     _add_counts(table, summary.counts)
+    if any(use.lane.name == "yarn" for use in summary.lanes):
+        for use in summary.lanes:
+            table.add_row(f"lane {use.lane.name}", _lane_use(use))
     rows, seconds = summary.run_counts.rows, summary.seconds
     if rows:
         speed = f"{rows / max(seconds, 1e-9):,.1f} ({rows:,} rows in {seconds:.1f} s"
@@ -107,6 +117,22 @@ def _shown(scalar: pa.Scalar) -> str:
     else:
         text = str(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _lane_use(use: LaneUse) -> str:
+    """What a lane did, and what its engine was."""
+    lane, counts = use.lane, use.counts
+    text = f"{counts.rows:,} rows"
+    if counts.deferred:
+        text += f", {counts.deferred:,} left to the next"
+    if lane.name == "yarn":
+        text += f"; context {lane.model.engine['max_model_len']:,} tokens, factor {lane.factor:g}"
+    return text
+
+
+def _add_waiting(table: Table, plan: Plan) -> None:
+    if plan.waiting_rows:
+        table.add_row("", f"{plan.waiting_rows:,} rows waiting for the YaRN engine")
 
 
 def _add_counts(table: Table, counts: Counts) -> None:

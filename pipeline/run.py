@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from jobs import load_task
 from pipeline import __version__
 from pipeline.attempts import forget_journals
 from pipeline.config import JobConfig, identity_fields, identity_hash
-from pipeline.engine import check_engine
 from pipeline.errors import (
     EXIT_TOO_MANY_NOT_OK,
     ClusterError,
@@ -25,10 +24,9 @@ from pipeline.errors import (
     StorageError,
     TooManyNotOkError,
 )
-from pipeline.lanes import Lane, LaneUse, first_lane, plan_deferred, yarn_lane
+from pipeline.lanes import Lane, LaneUse, check_lanes, first_lane, plan_deferred, yarn_lane
 from pipeline.lease import Lease, Watch
 from pipeline.logs import engines_lock, machine_folder, redirect_output, run_log
-from pipeline.model import resolve_model
 from pipeline.parts import is_result
 from pipeline.plan import Plan, Retry, find_shards, plan_retry, plan_shards
 from pipeline.progress import Progress, shown
@@ -125,8 +123,7 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
                 record_job(output, job, fields)
             if plan.pending_rows or plan.deferred_rows:
                 say(_opening(plan))
-                resolve_model(job.model)
-                check_engine(job.model)
+                check_lanes(job.model)
                 log = run_log(output, run)
                 redirect_output(log)
                 sweep(output, plan)
@@ -177,7 +174,7 @@ def _compute(
 
     def compute(lane: Lane, plan: Plan) -> None:
         lanes.append(use := LaneUse(lane))
-        share = replica_resources(job, lane.model)
+        share = replica_resources(job, lane, sum(1 for s in plan.shards for _ in s.units()))
         spec = WorkerSpec(job, lane, plan.identity, run, log, share, output, watch)
         for receipt in receipts(plan, task.columns, spec):
             use.counts.add(receipt.counts)
@@ -193,20 +190,33 @@ def _compute(
             print(f"axbatch: drained: {publisher.missing_rows:,} rows are left to do", flush=True)
             raise Interrupted
 
+    def second_lane() -> tuple[Lane, Plan] | None:
+        """And what it is to do; None if that is nothing."""
+        longest = max(plan.longest, progress.counts.longest)
+        if not publisher.waiting:
+            return None
+        deferred = plan_deferred(plan.identity, publisher.waiting, output, longest)
+        lane = replace(yarn_lane(job.model, longest), is_second=True)
+        publisher.expect(deferred)
+        progress.expect(deferred, lane.title)
+        return (lane, deferred) if deferred.pending_rows else None
+
     is_retry = plan.is_retry
+    later = None if plan.pending_rows else second_lane()
+    if not (plan.pending_rows or later):
+        return lanes
     try:
         with ray_cluster(job), draining_first(lease.drain, job.cluster.grace_s):
-            lane = first_lane(job.model)
             if plan.pending_rows:
-                compute(lane, plan)
-            if publisher.waiting:
-                wait_for_guards(engines_lock(run))  # the first lane's engines make room
-                deferred = plan_deferred(plan.identity, publisher.waiting, output)
-                publisher.expect(deferred)
-                progress.expect(deferred)
-                longest = max(plan.longest, progress.counts.longest)
-                if deferred.pending_rows:
-                    compute(yarn_lane(job.model, longest), deferred)
+                compute(first_lane(job.model), plan)
+                if publisher.waiting and watch.says_stop():
+                    raise Interrupted
+                # The first lane's engines make room; on other machines a start that comes too
+                # early is tried again.
+                wait_for_guards(engines_lock(run))
+                later = second_lane()
+            if later:
+                compute(*later)
     finally:
         # Whoever comes next on this machine needs the memory that engines still hold.
         wait_for_guards(engines_lock(run))
@@ -259,14 +269,16 @@ def describe_creates(output: Folder) -> str:
 def check_hope(counts: Counts, not_ok_before: int, rows: int, max_failed_fraction: float) -> None:
     """Raises TooManyNotOkError if, after SURE_AFTER_ROWS rows of this run or more, so many are not
     ok, published ones included, that the job exceeds its limit already; or surely would, as they
-    are more than half of this run's. `counts` are this run's, `rows` the job's."""
+    are more than half of this run's, among which are those that it has deferred. `counts` are this
+    run's, `rows` the job's."""
     if counts.rows < SURE_AFTER_ROWS:
         return
+    seen = counts.rows + counts.deferred
     exceeded = not_ok_before + counts.not_ok > max_failed_fraction * rows
-    if exceeded or counts.not_ok > max(0.5, max_failed_fraction) * counts.rows:
+    if exceeded or counts.not_ok > max(0.5, max_failed_fraction) * seen:
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in counts.reasons.most_common(3))
         raise TooManyNotOkError(
-            f"stopped: {counts.not_ok:,} of this run's {counts.rows:,} rows are not ok "
+            f"stopped: {counts.not_ok:,} of this run's {seen:,} rows are not ok "
             f"({reasons}); "
             f"limits.max_failed_fraction is {max_failed_fraction:g}",
             "What is committed stays. To go on all the same: --set limits.max_failed_fraction=1",
@@ -285,12 +297,11 @@ def new_run_id() -> str:
 
 
 def _opening(plan: Plan) -> str:
-    to_do = plan.pending_rows + plan.deferred_rows
-    done = plan.rows - to_do
+    to_do, done = plan.to_do_rows, plan.done_rows
     before = f", {done:,} rows done before" if done else ""
     again = " again" if plan.is_retry else ""
-    long = f", {plan.deferred_rows:,} of them too long for the first lane"
-    deferred = long if plan.deferred_rows else ""
+    long = f", {plan.waiting_rows:,} of them too long for the first lane"
+    deferred = long if plan.waiting_rows else ""
     return f"{to_do:,} rows to do{again} in {len(plan.unpublished):,} file(s){before}{deferred}"
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pipeline.errors import NoSuchFileError
-from pipeline.parts import PARTS, name_of, not_ok_rows, part_path, parts_among, read_stamp
-from pipeline.plan import FOOTER_THREADS, Plan
+from pipeline.parts import PARTS, not_ok_rows, part_path, parts_among, read_stamp
+from pipeline.plan import FOOTER_THREADS, Plan, ShardPlan, find_deferred
 from pipeline.records import Counts, Unit
 from pipeline.storage import Folder
 
@@ -32,7 +33,7 @@ class Status:
 
     plan: Plan
     counts: Counts
-    """Of all committed rows, published or not."""
+    """Of all committed rows, published or not, by whichever lane."""
     examples: dict[str, list[RowPosition]]
     """By reason, as in `counts.reasons`: the first few rows that have it."""
     last_run: dict[str, Any] | None
@@ -71,9 +72,14 @@ class Status:
 def read_status(plan: Plan, output: Folder) -> Status:
     """Add the counts of parts (their footers) and of published shards."""
     committed = parts_among(output.list(PARTS))
-    units = [unit for shard in plan.unpublished for unit in committed.get(shard.key, [])]
+    units = [
+        (shard, unit)
+        for shard in plan.unpublished
+        for unit in (*committed.get(shard.key, []), *shard.deferred.done)
+    ]
 
-    def counts_of(unit: Unit) -> Counts:
+    def counts_of(of: tuple[ShardPlan, Unit]) -> Counts:
+        _, unit = of
         try:
             stamp = read_stamp(output, part_path(unit))
         except NoSuchFileError:
@@ -81,42 +87,57 @@ def read_status(plan: Plan, output: Folder) -> Status:
         return stamp.counts if stamp else Counts()
 
     files = [
-        _File(shard.shard.name, shard.shard.name, 0, shard.published.counts)
+        _File(shard.shard.name, shard, 0, shard.published.counts)
         for shard in plan.shards
         if shard.published
     ]
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        for unit, unit_counts in zip(units, pool.map(counts_of, units), strict=True):
-            files.append(_File(part_path(unit), name_of(unit.shard), unit.start, unit_counts))
+        for (shard, unit), of_unit in zip(units, pool.map(counts_of, units), strict=True):
+            is_later = unit.shard != shard.key
+            files.append(_File(part_path(unit), shard, unit.start, of_unit, is_later))
     counts = Counts()
     for file in files:
         counts.add(file.counts)
-    return Status(plan, counts, _examples(files, output), _last_run(output))
+    counts.deferred = plan.waiting_rows
+    return Status(plan, counts, _examples(files, output, committed), _last_run(output))
 
 
 class _File(NamedTuple):
-    """A published file or a part, the input file it belongs to, and its first row there."""
+    """A published file or a part, the shard it belongs to, and its first row there."""
 
     path: str
-    name: str
+    shard: ShardPlan
     start: int
     counts: Counts
+    is_later: bool = False
+    """Whether its rows are counted among those that the shard's own parts have deferred."""
 
 
-def _examples(files: Sequence[_File], output: Folder) -> dict[str, list[RowPosition]]:
+def _examples(
+    files: Sequence[_File], output: Folder, parts: Mapping[str, list[Unit]]
+) -> dict[str, list[RowPosition]]:
     """Reads no more files than it needs to find EXAMPLES rows of each reason."""
     found: defaultdict[str, list[RowPosition]] = defaultdict(list)
+    deferred: dict[str, array[int]] = {}
     for file in files:
+        name, key = file.shard.shard.name, file.shard.key
         lacking = {reason for reason in file.counts.reasons if len(found[reason]) < EXAMPLES}
         if not lacking:
             continue
         with suppress(NoSuchFileError):  # published, and dropped, while we looked
+            if file.is_later and key not in deferred:
+                deferred |= find_deferred([file.shard], output, parts)
             for row, reason in not_ok_rows(output, file.path):
                 if len(found[reason]) < EXAMPLES:
-                    found[reason].append(RowPosition(file.name, file.start + row))
+                    position = file.start + row
+                    if file.is_later:
+                        if position >= len(deferred[key]):
+                            break  # the shard's own parts were dropped first
+                        position = deferred[key][position]
+                    found[reason].append(RowPosition(name, position))
                     if all(len(found[reason]) == EXAMPLES for reason in lacking):
                         break
-    return dict(found)
+    return {reason: rows for reason, rows in found.items() if rows}
 
 
 def _last_run(output: Folder) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
@@ -135,17 +136,21 @@ class LongTextTask(Task):
         tokens = await asyncio.to_thread(count, text)
         if tokens <= limit:
             return whole(text)
-        longest, later = generate.longest_model_len, 0
-        if longest:
-            later, _ = self._limits(longest - taken, generate.max_tokens, turns)
-            if tokens <= later:
-                raise RowDeferred(min(taken + tokens + generate.max_tokens, longest))
+        most = limit
+        if generate.longest_model_len:
+
+            def limit_of(context: int) -> int:
+                return self._limits(context - taken, generate.max_tokens, turns)[0]
+
+            most = max(limit, limit_of(generate.longest_model_len))
+            if tokens <= most:  # it waits for the shortest context that lets it go whole
+                contexts = range(generate.longest_model_len)
+                raise RowDeferred(bisect_left(contexts, tokens, key=limit_of))
         match self.overflow:
             case "chunk":
                 return await split_aside(text, budget, count, language)
             case "reject":
-                limit = max(limit, later)
-                raise RowRejected(f"too_long: {tokens} tokens, the limit is {limit}")
+                raise RowRejected(f"too_long: {tokens} tokens, the limit is {most}")
             case "truncate_head":
                 return whole(await asyncio.to_thread(keep, "tail", text, limit, count, language))
             case "truncate_tail":

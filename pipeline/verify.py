@@ -29,7 +29,7 @@ def verify_output(plan: Plan, output: Folder, column: str) -> Counts:
     """
     for shard in plan.unpublished:
         raise VerifyError(
-            f"{shard.shard.name}: not published, {shard.pending_rows:,} of "
+            f"{shard.shard.name}: not published, {shard.to_do_rows:,} of "
             f"{shard.shard.rows:,} rows still to do",
             "Run the job to its end first: axbatch run.",
         )

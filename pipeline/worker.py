@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,8 @@ from pipeline.attempts import (
     read_crashes,
 )
 from pipeline.chunking import surely_fits
-from pipeline.config import JobConfig
-from pipeline.engine import Engine, EngineGone, start_engine
+from pipeline.config import JobConfig, ReplicaRange
+from pipeline.engine import Engine, EngineGone, check_options, start_engine
 from pipeline.errors import (
     AxbatchError,
     EngineError,
@@ -42,7 +42,7 @@ from pipeline.errors import (
     StorageError,
     error_from_json,
 )
-from pipeline.lanes import Lane
+from pipeline.lanes import Lane, yarn_lane
 from pipeline.lease import Watch
 from pipeline.logs import engines_lock, machine_folder, redirect_output, root_cause
 from pipeline.model import resolve_model
@@ -51,7 +51,7 @@ from pipeline.reaper import guard_children
 from pipeline.records import Completion, Counts, Message, Output, Receipt, Row, Unit, Usage
 from pipeline.source import decode_unit
 from pipeline.storage import Folder
-from pipeline.task import LongTextTask, room
+from pipeline.task import TEMPLATE_TOKENS, LongTextTask, room
 from pipeline.tokens import RowText
 
 NOT_BEGUN = "null"
@@ -60,10 +60,11 @@ NOT_BEGUN = "null"
 
 @dataclass(frozen=True)
 class Resources:
-    """What one replica reserves."""
+    """What one replica reserves, and how many there are to be."""
 
     gpus: int
     cpus: int
+    replicas: ReplicaRange
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ class Worker:
         self._turns = Turns()
         self._failure: AxbatchError | EngineGone | None = None
         try:
-            bury_the_dead(machine_folder(), spec.run, self._output)
-            self._journal = Journal(machine_folder(), spec.run)
+            engines = f"{spec.run}.{spec.lane.name}"
+            bury_the_dead(machine_folder(), spec.run, engines, self._output)
+            self._journal = Journal(machine_folder(), engines)
             self._engine = _start_engine(spec)
         except AxbatchError as error:
             # Ray would make text of it; as the answer to the first unit it reaches the user whole.
@@ -255,16 +257,37 @@ class EngineGenerate:
 
     async def _defer_if_too_long(self, body: Mapping[str, Any]) -> None:
         """Raises RowDeferred if prompt and answer need a longer context, and there is one."""
-        answer = body.get("max_tokens") or body.get("max_completion_tokens") or 0
+        answer = body.get("max_completion_tokens") or body.get("max_tokens") or self.max_tokens
         if not isinstance(answer, int):
             return  # the engine will say what is wrong with it
         here, later = (room(own, answer) for own in (self.max_model_len, self.longest_model_len))
-        said = json.dumps([body.get("messages"), body.get("tools")], ensure_ascii=False)
-        if surely_fits(said, here):
+        texts = list(texts_of(body))
+        if all(surely_fits(text, here // (2 * len(texts))) for text in texts):
             return
-        prompt = await asyncio.to_thread(self.count_tokens, said)
+        prompt = await asyncio.to_thread(lambda: sum(map(self.count_tokens, texts)))
+        prompt += TEMPLATE_TOKENS + MESSAGE_TOKENS * len(texts)
         if here < prompt <= later:
-            raise RowDeferred(min(prompt + answer, self.longest_model_len))
+            # A conversation that has begun goes on growing.
+            needs = prompt + answer if not self.usage.requests else self.longest_model_len
+            raise RowDeferred(min(needs, self.longest_model_len))
+
+
+MESSAGE_TOKENS = 4
+"""That a chat template puts around a message: A.X's has three."""
+
+
+def texts_of(body: Mapping[str, Any]) -> Iterator[str]:
+    """All text of a chat body that becomes part of the prompt."""
+    for message in body.get("messages") or ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str):
+            yield content
+        elif content:
+            yield from (part["text"] for part in content if isinstance(part.get("text"), str))
+        if isinstance(message, dict) and message.get("tool_calls"):
+            yield json.dumps(message["tool_calls"], ensure_ascii=False)
+    if body.get("tools"):
+        yield json.dumps(body["tools"], ensure_ascii=False)
 
 
 class Turns:
@@ -307,6 +330,9 @@ def _start_engine(spec: WorkerSpec) -> Engine:
     log_size = spec.log.stat().st_size
     try:
         silence = spec.job.limits.max_engine_silence_s
+        if spec.lane.longest:
+            later = resolve_model(yarn_lane(spec.job.model, spec.lane.longest).model)
+            check_options(later, "model.yarn.engine")
         return start_engine(resolve_model(spec.lane.model), spec.share.cpus, silence)
     except EngineError as error:
         # vLLM's own processes have logged the reason; what reaches us only says that there is one.

@@ -51,12 +51,7 @@ async def demo() -> AsyncIterator[Any]:
     """The one engine that tests of answers share: the demo model, with tool calls."""
     from pipeline.engine.vllm import VllmEngine
 
-    options = {
-        **CPU_OPTIONS,
-        "enable_auto_tool_choice": True,
-        "tool_call_parser": "hermes",
-        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-    }
+    options = {**CPU_OPTIONS, "enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
     engine = VllmEngine(ModelConfig(id=str(DEMO_MODEL), engine=options), cpus=2)
     yield engine
     engine.close()

@@ -39,8 +39,9 @@ from pipeline.parts import missing_ranges, parts_among
 from pipeline.records import Completion, Counts, Receipt, Unit
 from pipeline.source import encode_unit
 from pipeline.storage import Folder
-from pipeline.worker import Resources, Turns, Worker, WorkerSpec, decode_receipt
+from pipeline.worker import Turns, Worker, WorkerSpec, decode_receipt
 from tests.conftest import make_job
+from tests.faults.without_ray import ONE
 
 ranges = st.tuples(st.integers(0, 300), st.integers(1, 300)).map(lambda p: (p[0], p[0] + p[1]))
 
@@ -72,11 +73,11 @@ with journal.holding(Unit("a b.parquet", 5, 9), False), journal.holding(Unit("c"
     with pytest.raises(subprocess.CalledProcessError):
         subprocess.run([sys.executable, "-c", code, folder], check=True)
     mine = Journal(folder, "run")
-    bury_the_dead(folder, "another run", output)
+    bury_the_dead(folder, "another run", "another run", output)
     assert not output.list()
 
-    bury_the_dead(folder, "run", output)
-    bury_the_dead(folder, "run", output)
+    bury_the_dead(folder, "run", "run", output)
+    bury_the_dead(folder, "run", "run", output)
 
     assert read_crashes(output, "a b.parquet") == [Crash(5, 9, alone=False)]
     assert read_crashes(output, "c") == [Crash(1, 2, alone=True)]
@@ -92,7 +93,7 @@ def test_engines_that_die_without_having_done_anything_end_the_job(tmp_path: Pat
         journal = tmp_path / f"run.{number}.journal"
         lines = [["in", "s", 0, 4, False], ["out", "s", 0, 4, False], ["in", "s", 4, 8, False]]
         journal.write_text("\n".join(json.dumps(line) for line in lines if finished or line[2] > 0))
-        bury_the_dead(tmp_path, "run", output)
+        bury_the_dead(tmp_path, "run", "run", output)
 
     for number in range(IDLE_DEATHS - 1):
         die(number, finished=False)
@@ -110,7 +111,7 @@ def test_engine_that_worked_before_is_started_three_times(tmp_path: Path) -> Non
     worked.write_text("\n".join(json.dumps([what, "s", 0, 4, False]) for what in ("in", "out")))
     tries = 1
     while may_start_again(tmp_path, "run") or tries == 1:
-        bury_the_dead(tmp_path, "run", output)
+        bury_the_dead(tmp_path, "run", "run", output)
         tries += 1
         (tmp_path / f"run.{tries}.journal").touch()
     assert tries - 1 == START_TRIES
@@ -147,7 +148,7 @@ def test_only_the_rows_that_kill_engines_fail(
     log.touch()
     output = Folder(str(tmp_path / "out"))
     watch = Watch(output, "run")
-    job, share = make_job(tmp_path), Resources(gpus=0, cpus=1)
+    job, share = make_job(tmp_path), ONE
     spec = WorkerSpec(job, first_lane(job.model), "identity", "run", log, share, output, watch)
     texts = [f"poison {i}" if i in poison else f"text {i}" for i in range(256)]
     units = [Unit("in.parquet", start, start + 64) for start in range(0, 256, 64)]

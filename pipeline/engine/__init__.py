@@ -83,3 +83,12 @@ def start_engine(model: ModelConfig, cpus: int, max_silence_s: float) -> Engine:
             from pipeline.engine.echo import EchoEngine
 
             return EchoEngine(model)
+
+
+def check_options(model: ModelConfig, where: str) -> None:
+    """What only the engine's own machine knows of the options of an engine that is to start later;
+    `where` is the key that holds them. Raises ModelError."""
+    if model.backend == "vllm":
+        from pipeline.engine.vllm import check_options
+
+        check_options(model, where)

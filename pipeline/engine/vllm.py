@@ -218,14 +218,19 @@ def _prepare_environment(model: ModelConfig, cpus: int) -> None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = omp_binding(claim_cores(cpus), ranks)
 
 
-def _serve_args(model: ModelConfig) -> Any:
+def check_options(model: ModelConfig, where: str) -> None:
+    """Raises ModelError if vLLM has no such option; `where` is the key that holds them."""
+    _serve_args(model, where)
+
+
+def _serve_args(model: ModelConfig, where: str = "model.engine") -> Any:
     """The namespace of `vllm serve` with these options. Raises ModelError for a wrong one."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vllm is untyped here
         def error(self, message: str) -> NoReturn:
-            raise ModelError(f"model.engine: {message}", _nearest_option(message, self))
+            raise ModelError(f"{where}: {message}", _nearest_option(message, self))
 
     options = {**DEFAULT_OPTIONS, "max_num_seqs": model.max_num_seqs, **model.engine}
     options["model"] = model.id

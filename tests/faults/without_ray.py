@@ -14,11 +14,13 @@ from contextlib import contextmanager
 import pipeline.cluster
 import pipeline.worker
 from pipeline.cli import command
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, ReplicaRange
 from pipeline.plan import Plan
 from pipeline.records import Receipt
 from pipeline.source import encode_unit, read_units
 from pipeline.worker import Resources, Worker, WorkerSpec, decode_receipt
+
+ONE = Resources(gpus=0, cpus=1, replicas=ReplicaRange(min=1, max=1))
 
 
 @contextmanager
@@ -43,7 +45,7 @@ def receipts_here(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[
 def leave_ray_out() -> None:
     pipeline.cluster.ray_cluster = no_cluster
     pipeline.cluster.receipts = receipts_here
-    pipeline.cluster.replica_resources = lambda job, model: Resources(gpus=0, cpus=1)
+    pipeline.cluster.replica_resources = lambda job, lane, units: ONE
     pipeline.worker.guard_children = lambda lock: None
 
 
