@@ -48,10 +48,12 @@ format: $(READY)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-# Most of an hour: each fault of tests/faults/README.md, and what `make test` only samples.
+# Most of an hour: each fault of tests/faults/README.md, what `make test` only samples, and other
+# slow tests.
 faults: $(READY)
 	@rm -rf out/faults
 	@AXBATCH_FAULTS=all $(BIN)/pytest -v -rA tests/faults
+	@AXBATCH_FAULTS=all $(BIN)/pytest -v -m slow --ignore tests/faults
 	@$(BIN)/python -m tests.faults.observed
 
 soak: $(READY)

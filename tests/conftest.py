@@ -34,7 +34,8 @@ CPU_OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 64}
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two cores hold one engine at a time, and one other Ray cluster beside it: each kind keeps to
-    one worker of pytest-xdist. They take longest, so they start first."""
+    one worker of pytest-xdist. They take longest, so they start first. `make test` leaves the slow
+    ones to `make faults`."""
     order = {"engine": 0, "ray": 1, "": 2}
 
     def group(item: pytest.Item) -> str:
@@ -43,6 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if group(item):
             item.add_marker(pytest.mark.xdist_group(group(item)))
+        if item.get_closest_marker("slow") and os.environ.get("AXBATCH_FAULTS") != "all":
+            item.add_marker(pytest.mark.skip(reason="takes minutes; see `make faults`"))
     items.sort(key=lambda item: order[group(item)])
 
 

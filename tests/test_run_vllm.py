@@ -63,27 +63,28 @@ def unseen_sentences(count: int) -> pa.Table:
     return pa.table({"en": [s.en for s in chosen], "right": [s.ko for s in chosen]})
 
 
-def test_translations_are_right_whatever_the_parallelism(tmp_path: Path) -> None:
-    """Two replicas, and one replica on two tensor parallel ranks."""
+LAYOUTS: dict[str, dict[str, object]] = {
+    "two-replicas": {"cluster": {"replicas": 2}},
+    "tensor-parallel": {
+        "model": {"id": "demo", "engine": {**CPU_OPTIONS, "tensor_parallel_size": 2}}
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param("two-replicas", marks=pytest.mark.slow), "tensor-parallel"]
+)
+def test_translations_are_right_whatever_the_parallelism(tmp_path: Path, layout: str) -> None:
     table = unseen_sentences(200)
-    layouts = {
-        "two-replicas": {"cluster": {"replicas": 2}},
-        "tensor-parallel": {
-            "model": {"id": "demo", "engine": {**CPU_OPTIONS, "tensor_parallel_size": 2}}
-        },
-    }
-    for name, sections in layouts.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        job = demo_job(folder, **sections)
-        job.write_input("a.parquet", table[:110])
-        job.write_input("b.parquet", table[110:])
-        summary = job.run()
-        assert summary["job"]["statuses"]["failed"] == 0, name
-        assert summary["job"]["statuses"]["ok"] >= 196, name
-        assert job.verify() == summary["job"]
-        made = pa.concat_tables(pq.read_table(job.output / f"{f}.parquet") for f in "ab")
-        assert pc.sum(pc.equal(made["right"], made["ko"])).as_py() >= 176, name
+    job = demo_job(tmp_path, **LAYOUTS[layout])
+    job.write_input("a.parquet", table[:110])
+    job.write_input("b.parquet", table[110:])
+    summary = job.run()
+    assert summary["job"]["statuses"]["failed"] == 0
+    assert summary["job"]["statuses"]["ok"] >= 196
+    assert job.verify() == summary["job"]
+    made = pa.concat_tables(pq.read_table(job.output / f"{f}.parquet") for f in "ab")
+    assert pc.sum(pc.equal(made["right"], made["ko"])).as_py() >= 176
 
 
 @pytest.mark.skipif(not NTREX.is_file(), reason="the NTREX sentences are not beside the checkout")
