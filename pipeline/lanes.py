@@ -26,8 +26,9 @@ from pipeline.parts import (
     overlay_key,
     parts_among,
 )
-from pipeline.plan import UNIT_BYTES, Plan, ShardPlan, find_deferred
+from pipeline.plan import Plan, ShardPlan, find_deferred
 from pipeline.records import Counts
+from pipeline.shards import UNIT_BYTES
 from pipeline.storage import Folder
 
 BYTES_PER_TOKEN = 4

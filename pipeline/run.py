@@ -28,12 +28,13 @@ from pipeline.lanes import Lane, LaneUse, check_lanes, first_lane, plan_deferred
 from pipeline.lease import Lease, Watch
 from pipeline.logs import engines_lock, machine_folder, redirect_output, run_log
 from pipeline.parts import is_result
-from pipeline.plan import Plan, Retry, find_shards, plan_retry, plan_shards
+from pipeline.plan import Plan, Retry, plan_retry, plan_shards
 from pipeline.progress import Progress, shown
 from pipeline.publishing import Publisher
 from pipeline.ray_settings import apply_ray_settings, cluster_address
 from pipeline.reaper import wait_for_guards
 from pipeline.records import Counts
+from pipeline.shards import find_shards
 from pipeline.signals import draining_first
 from pipeline.storage import RACERS, Folder
 from pipeline.task import Task

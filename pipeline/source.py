@@ -19,8 +19,9 @@ from ray.data.block import BlockMetadata
 from pipeline.errors import AxbatchError, InputError, error_from_json
 from pipeline.lease import Watch
 from pipeline.parquet import input_errors, open_parquet, read_batches
-from pipeline.plan import Plan, Shard, ShardPlan
+from pipeline.plan import Plan, ShardPlan
 from pipeline.records import Unit
+from pipeline.shards import Shard
 from pipeline.storage import Folder
 
 UNIT_SCHEMA = pa.schema([

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import NoSuchFileError
 from pipeline.parts import PARTS, not_ok_rows, part_path, parts_among, read_stamp
-from pipeline.plan import FOOTER_THREADS, Plan, ShardPlan, find_deferred
+from pipeline.plan import Plan, ShardPlan, find_deferred
 from pipeline.records import Counts, Unit
+from pipeline.shards import FOOTER_THREADS
 from pipeline.storage import Folder
 
 EXAMPLES = 3

@@ -12,8 +12,9 @@ from pipeline.batch_file import check_lines
 from pipeline.errors import InputError, VerifyError
 from pipeline.parquet import input_errors, open_parquet, read_batches
 from pipeline.parts import STATUS_COLUMNS, Stamp, count_rows
-from pipeline.plan import Plan, Shard, ShardPlan
+from pipeline.plan import Plan, ShardPlan
 from pipeline.records import STATUSES, Counts
+from pipeline.shards import Shard
 from pipeline.storage import Folder
 
 THREADS = 4

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,6 @@ from pipeline.attempts import (
     pieces,
     read_crashes,
 )
-from pipeline.chunking import surely_fits
 from pipeline.config import JobConfig, ReplicaRange
 from pipeline.engine import Engine, EngineGone, check_options, start_engine
 from pipeline.errors import (
@@ -42,16 +41,17 @@ from pipeline.errors import (
     StorageError,
     error_from_json,
 )
+from pipeline.generate import EngineGenerate
 from pipeline.lanes import Lane, yarn_lane
 from pipeline.lease import Watch
 from pipeline.logs import engines_lock, machine_folder, redirect_output, root_cause
 from pipeline.model import resolve_model
 from pipeline.parts import Stamp, commit_part, read_part_counts, result_table
 from pipeline.reaper import guard_children
-from pipeline.records import Completion, Counts, Message, Output, Receipt, Row, Unit, Usage
+from pipeline.records import Counts, Output, Receipt, Row, Unit
 from pipeline.source import decode_unit
 from pipeline.storage import Folder
-from pipeline.task import TEMPLATE_TOKENS, LongTextTask, room
+from pipeline.task import LongTextTask
 from pipeline.tokens import RowText
 
 NOT_BEGUN = "null"
@@ -220,74 +220,6 @@ class Worker:
         table = result_table(results, column, self._task.output_type)
         commit_part(self._output, stamp, table)
         return counts
-
-
-class EngineGenerate:
-    """One row's `generate` (see task.Generate), and what it has cost."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        sampling: Mapping[str, Any],
-        clean: RowText,
-        longest: int = 0,
-        defers: bool = False,
-    ) -> None:
-        """`defers`: requests that are too long defer the row, as the task doesn't see to it."""
-        self._engine = engine
-        self._defers = defers and longest > 0
-        self.clean = clean
-        self.longest_model_len = longest
-        self.usage = Usage()
-        self.count_tokens = engine.count_tokens
-        self.max_model_len = engine.max_model_len
-        self.max_tokens = int(sampling["max_tokens"])
-        # vLLM refuses to try for more than there can be.
-        self._sampling = {**sampling, "max_tokens": min(self.max_tokens, engine.max_model_len)}
-
-    async def __call__(self, messages: list[Message], **body: Any) -> Completion:
-        return await self.send({"messages": messages, **self._sampling, **body})
-
-    async def send(self, body: Mapping[str, Any]) -> Completion:
-        if self._defers:
-            await self._defer_if_too_long(body)
-        completion = await self._engine.chat(body)
-        self.usage += completion.usage
-        return completion
-
-    async def _defer_if_too_long(self, body: Mapping[str, Any]) -> None:
-        """Raises RowDeferred if prompt and answer need a longer context, and there is one."""
-        answer = body.get("max_completion_tokens") or body.get("max_tokens") or self.max_tokens
-        if not isinstance(answer, int):
-            return  # the engine will say what is wrong with it
-        here, later = (room(own, answer) for own in (self.max_model_len, self.longest_model_len))
-        texts = list(texts_of(body))
-        if all(surely_fits(text, here // (2 * len(texts))) for text in texts):
-            return
-        prompt = await asyncio.to_thread(lambda: sum(map(self.count_tokens, texts)))
-        prompt += TEMPLATE_TOKENS + MESSAGE_TOKENS * len(texts)
-        if here < prompt <= later:
-            # A conversation that has begun goes on growing.
-            needs = prompt + answer if not self.usage.requests else self.longest_model_len
-            raise RowDeferred(min(needs, self.longest_model_len))
-
-
-MESSAGE_TOKENS = 4
-"""That a chat template puts around a message: A.X's has three."""
-
-
-def texts_of(body: Mapping[str, Any]) -> Iterator[str]:
-    """All text of a chat body that becomes part of the prompt."""
-    for message in body.get("messages") or ():
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, str):
-            yield content
-        elif content:
-            yield from (part["text"] for part in content if isinstance(part.get("text"), str))
-        if isinstance(message, dict) and message.get("tool_calls"):
-            yield json.dumps(message["tool_calls"], ensure_ascii=False)
-    if body.get("tools"):
-        yield json.dumps(body["tools"], ensure_ascii=False)
 
 
 class Turns:

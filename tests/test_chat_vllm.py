@@ -18,9 +18,9 @@ from jobs.chat import Chat
 from pipeline.conversations import without_nulls
 from pipeline.engine.vllm import VllmEngine
 from pipeline.errors import RowRejected
+from pipeline.generate import EngineGenerate
 from pipeline.records import Completion, Message, Output
 from pipeline.tokens import RowText
-from pipeline.worker import EngineGenerate
 from tests.test_vllm import token_ids
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]

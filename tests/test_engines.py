@@ -14,10 +14,10 @@ from pipeline.engine.cores import omp_binding
 from pipeline.engine.echo import EchoEngine
 from pipeline.engine.http import HttpEngine
 from pipeline.errors import EngineError, JobFileError, RowError, RowFailed, RowRejected
+from pipeline.generate import EngineGenerate
 from pipeline.model import DEMO_MODEL
 from pipeline.records import Completion, Usage
 from pipeline.tokens import RowText
-from pipeline.worker import EngineGenerate
 from tests.openai_server import OpenAIServer, Reply, answer, error, serving
 
 SYSTEM = {"role": "system", "content": "Answer with the translation only."}

@@ -16,11 +16,11 @@ from infra.demo_model.extraction import make_case, some_schema
 from jobs.extract import Extract
 from pipeline.config import ModelConfig
 from pipeline.engine.vllm import VllmEngine
+from pipeline.generate import EngineGenerate
 from pipeline.model import DEMO_MODEL
 from pipeline.parts import result_table
 from pipeline.records import Output
 from pipeline.tokens import RowText
-from pipeline.worker import EngineGenerate
 from tests.conftest import CPU_OPTIONS
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]

@@ -18,8 +18,8 @@ from pipeline.errors import ClusterError, JobFileError, ModelError, StorageError
 from pipeline.lanes import Lane, check_lanes, first_lane, plan_deferred, yarn_lane
 from pipeline.merging import publish
 from pipeline.parts import Stamp, commit_part, result_fields, result_table
-from pipeline.plan import UNIT_BYTES
 from pipeline.records import Counts, Output
+from pipeline.shards import UNIT_BYTES
 from pipeline.storage import Folder
 from tests.conftest import make_job, make_plan_of, write_table
 

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from jobs.translate import Translate
 from pipeline.config import JobConfig, ModelConfig
 from pipeline.errors import ModelError, RowDeferred, RowRejected, TooManyNotOkError
+from pipeline.generate import EngineGenerate, texts_of
 from pipeline.lanes import first_lane, own_context, plan_deferred, yarn_lane
 from pipeline.parts import not_ok_rows, overlay_key, part_path
 from pipeline.plan import Plan, find_deferred
@@ -33,7 +34,6 @@ from pipeline.status import read_status
 from pipeline.storage import Folder
 from pipeline.task import LongTextTask, room
 from pipeline.tokens import RowText
-from pipeline.worker import EngineGenerate, texts_of
 from tests.conftest import commit_unit, make_job, make_plan_of, write_table
 from tests.fake_model import FakeModel
 from tests.runs import Job
@@ -506,7 +506,7 @@ def test_plan_and_status_while_parts_are_dropped(
         return read(folder, path)
 
     monkeypatch.setattr(Folder, "open", dropped_meanwhile)
-    monkeypatch.setattr("pipeline.plan._read_shard", lambda *_: before.shards[0].shard)
+    monkeypatch.setattr("pipeline.shards._read_shard", lambda *_: before.shards[0].shard)
     assert waiting.plan().deferred_rows == 0
 
 

@@ -35,6 +35,7 @@ from pipeline.errors import (
     StorageError,
     VerifyError,
 )
+from pipeline.generate import EngineGenerate
 from pipeline.model import DEMO_MODEL
 from pipeline.parts import Stamp, commit_part, result_table
 from pipeline.plan import Plan, Retry, make_plan, plan_retry
@@ -45,7 +46,6 @@ from pipeline.source import read_units
 from pipeline.storage import Folder
 from pipeline.tokens import RowText
 from pipeline.verify import verify_output
-from pipeline.worker import EngineGenerate
 from tests.runs import Job
 from tests.s3_store import Store, serving
 

@@ -18,8 +18,9 @@ from pipeline.config import JobConfig
 from pipeline.errors import AxbatchError, InputError, JobFileError, RefusedError
 from pipeline.merging import publish
 from pipeline.parts import Stamp, key_of, name_of, part_path, result_fields
-from pipeline.plan import UNIT_BYTES, Plan, ShardPlan
+from pipeline.plan import Plan, ShardPlan
 from pipeline.records import Counts, Unit
+from pipeline.shards import UNIT_BYTES
 from pipeline.storage import Folder
 
 MakeJob = Callable[..., JobConfig]

@@ -56,7 +56,8 @@ LAYERS = [
         "pipeline.attempts",
         "pipeline.lease",
     },
-    {"pipeline.plan", "pipeline.model", "pipeline.engine", "jobs"},
+    {"pipeline.shards", "pipeline.model", "pipeline.engine", "jobs"},
+    {"pipeline.plan", "pipeline.generate"},
     {"pipeline.lanes"},
     {"pipeline.worker", "pipeline.source", "pipeline.publishing", "pipeline.progress"},
     {"pipeline.cluster"},
@@ -78,7 +79,7 @@ ONLY_HERE = {
 
 NOT_FOR_JOBS = re.compile(
     r"(ray|vllm|torch|datasets|openai|fsspec|s3fs)(\.|$)"
-    r"|pipeline\.(storage|s3|parquet|parts|merging|plan|run|staging|source|worker|cluster|publishing|engine)(\.|$)"
+    r"|pipeline\.(storage|s3|parquet|parts|merging|shards|plan|run|staging|source|worker|cluster|publishing|engine)(\.|$)"
 )
 
 CATCH_ALL = {

@@ -1,0 +1,82 @@
+"""One row's `generate` (see task.Generate): asks the engine, and counts what it takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pipeline.chunking import surely_fits
+from pipeline.engine import Engine
+from pipeline.errors import RowDeferred
+from pipeline.records import Completion, Message, Usage
+from pipeline.task import TEMPLATE_TOKENS, room
+from pipeline.tokens import RowText
+
+MESSAGE_TOKENS = 4
+"""That a chat template puts around a message: A.X's has three."""
+
+
+class EngineGenerate:
+    """One row's `generate` (see task.Generate), and what it has cost."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: Mapping[str, Any],
+        clean: RowText,
+        longest: int = 0,
+        defers: bool = False,
+    ) -> None:
+        """`defers`: requests that are too long defer the row, as the task doesn't see to it."""
+        self._engine = engine
+        self._defers = defers and longest > 0
+        self.clean = clean
+        self.longest_model_len = longest
+        self.usage = Usage()
+        self.count_tokens = engine.count_tokens
+        self.max_model_len = engine.max_model_len
+        self.max_tokens = int(sampling["max_tokens"])
+        # vLLM refuses to try for more than there can be.
+        self._sampling = {**sampling, "max_tokens": min(self.max_tokens, engine.max_model_len)}
+
+    async def __call__(self, messages: list[Message], **body: Any) -> Completion:
+        return await self.send({"messages": messages, **self._sampling, **body})
+
+    async def send(self, body: Mapping[str, Any]) -> Completion:
+        if self._defers:
+            await self._defer_if_too_long(body)
+        completion = await self._engine.chat(body)
+        self.usage += completion.usage
+        return completion
+
+    async def _defer_if_too_long(self, body: Mapping[str, Any]) -> None:
+        """Raises RowDeferred if prompt and answer need a longer context, and there is one."""
+        answer = body.get("max_completion_tokens") or body.get("max_tokens") or self.max_tokens
+        if not isinstance(answer, int):
+            return  # the engine will say what is wrong with it
+        here, later = (room(own, answer) for own in (self.max_model_len, self.longest_model_len))
+        texts = list(texts_of(body))
+        if all(surely_fits(text, here // (2 * len(texts))) for text in texts):
+            return
+        prompt = await asyncio.to_thread(lambda: sum(map(self.count_tokens, texts)))
+        prompt += TEMPLATE_TOKENS + MESSAGE_TOKENS * len(texts)
+        if here < prompt <= later:
+            # A conversation that has begun goes on growing.
+            needs = prompt + answer if not self.usage.requests else self.longest_model_len
+            raise RowDeferred(min(needs, self.longest_model_len))
+
+
+def texts_of(body: Mapping[str, Any]) -> Iterator[str]:
+    """All text of a chat body that becomes part of the prompt."""
+    for message in body.get("messages") or ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str):
+            yield content
+        elif content:
+            yield from (part["text"] for part in content if isinstance(part.get("text"), str))
+        if isinstance(message, dict) and message.get("tool_calls"):
+            yield json.dumps(message["tool_calls"], ensure_ascii=False)
+    if body.get("tools"):
+        yield json.dumps(body["tools"], ensure_ascii=False)
