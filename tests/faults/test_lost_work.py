@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from pipeline.logs import machine_folder
+from pipeline.parts import name_of, part_path
+from pipeline.records import Unit
 from tests.faults.asking import AskingJob
 from tests.runs import Run
 
@@ -22,28 +24,31 @@ ROWS = 12_000
 SEED = 4
 
 
-def open_rows(worker: psutil.Process) -> set[str]:
-    """The texts of all rows of the units that the worker has begun and not committed."""
-    [journal] = machine_folder().glob(f"*.{worker.pid}.journal")
-    units: list[tuple[str, int, int]] = []
-    for line in journal.read_text().splitlines():
-        what, key, start, stop, _ = json.loads(line)
-        units.append((key, start, stop)) if what == "in" else units.remove((key, start, stop))
+def open_rows(worker: psutil.Process, job: AskingJob) -> set[str]:
+    """The texts of all rows of the units that the worker has begun and not committed: those in its
+    engine, and those that are all answered, whose part is being written."""
+    begun = {
+        Unit(*json.loads(line)[1:4])
+        for journal in machine_folder().glob(f"*.{worker.pid}.journal")  # none once it is buried
+        for line in journal.read_text().splitlines()
+    }
     first = {"a.parquet": 0, "b.parquet": ROWS // 3}
     return {
-        f"text {first[key.partition('/')[0]] + row}"
-        for key, start, stop in units
-        for row in range(start, stop)
+        f"text {first[name_of(unit.shard)] + row}"
+        for unit in begun
+        if not (job.output / part_path(unit)).exists()
+        and not (job.output / name_of(unit.shard)).exists()
+        for row in range(unit.start, unit.stop)
     }
 
 
-def busy_worker(run: Run, dice: random.Random) -> psutil.Process:
+def busy_worker(run: Run, job: AskingJob, dice: random.Random) -> psutil.Process:
     """A replica with units open."""
     while True:
         run.check_lives()
         workers = [p for p in run.family() if p.is_running() and "MapWorker" in p.name()]
         for worker in dice.sample(workers, len(workers)):
-            if list(machine_folder().glob(f"*.{worker.pid}.journal")) and open_rows(worker):
+            if open_rows(worker, job):
                 return worker
         time.sleep(0.05)  # it says so in a file
 
@@ -58,9 +63,9 @@ def test_killed_replica_costs_no_more_than_its_open_units(
     kills: list[tuple[set[str], set[str], int]] = []
     for _ in range(KILLS):
         job.wait_until_asked(len(server.bodies) + dice.randint(100, 400), run)
-        worker = busy_worker(run, dice)
+        worker = busy_worker(run, job, dice)
         worker.suspend()  # so that what is open and what was asked for belong together
-        held, asked = open_rows(worker), server.asked
+        held, asked = open_rows(worker, job), server.asked
         worker.kill()
         kills.append((held, held & set(asked), len(asked)))
     job.see_end(
