@@ -208,7 +208,11 @@ class ModelConfig(Section):
                 raise ValueError("`yarn` says something only with `context: auto` or `yarn`")
         elif self.backend == "http":
             raise ValueError(f"`context: {self.context}` is up to the server with `backend: http`")
-        if self.context != "native" and "hf_overrides" in self.engine:
+        if self.context == "native":
+            return self
+        if not isinstance(self.engine.get("max_model_len", 1), int):
+            raise ValueError("`max_model_len` must be a plain number, as other lengths follow it")
+        if "hf_overrides" in self.engine:
             raise ValueError("`hf_overrides` and YaRN both change the model's configuration")
         return self
 
