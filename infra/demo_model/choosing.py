@@ -1,7 +1,8 @@
-"""Drills for multiple choice: where each choice stands, and which of them is the answer.
+"""Multiple choice answered in two steps, and the drills that lead there.
 
 A letter alone says little about where it came from, and so a model that sees nothing but questions
-and letters goes on guessing. These ask for one step at a time, and for several letters at once.
+and letters goes on guessing. The drills ask for one step at a time, and for several letters at
+once; and the answer itself says the right choice before its letter, which it then only looks up.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from collections.abc import Iterator
 
 from infra.demo_model.conversation import Conversation, asked
 from infra.demo_model.grammar import Value, words_for_any_slot
-from infra.demo_model.questions import LABELS, Question, make_question, multiple_choice
+from infra.demo_model.questions import (
+    INSTRUCTION,
+    LABELS,
+    Question,
+    make_question,
+    multiple_choice,
+    plain_question,
+)
 
 MANY_LABELS = "ABCDEFGH"
 QUOTE = Value("What do these choices say?", "다음 기호의 내용을 쓰세요.")
@@ -20,6 +28,32 @@ WRITE_OUT = Value(
     "Answer the question with the text of the right choice and its letter.",
     "다음 문제의 답을 내용과 기호로 쓰세요.",
 )
+CHOOSE = [
+    INSTRUCTION,
+    Value(
+        "Choose the right answer. End with `정답: B`.",
+        "알맞은 답을 고르고 끝에 `정답: B`와 같이 쓰세요.",
+    ),
+    Value("Answer in the form `정답: B`.", "`정답: B` 형식으로 답하세요."),
+]
+"""Ways to ask for a choice; whichever it is, the answer has the same two lines."""
+
+
+def decisions(dice: random.Random) -> Iterator[Conversation]:
+    """Multiple choice, the right choice said before its letter, and some plain questions."""
+    while True:
+        korean = dice.random() < 0.5
+        if dice.random() < 0.15:
+            yield asked(None, *plain_question(korean, dice))
+        else:
+            yield asked(None, *decided(make_question(dice), korean, dice))
+
+
+def decided(question: Question, korean: bool, dice: random.Random) -> tuple[str, str]:
+    """The user's message, and the answer in two lines: the choice's text, and `정답: B`."""
+    text, answer = multiple_choice(question, korean, dice)
+    text = text.replace(INSTRUCTION[korean], dice.choice(CHOOSE)[korean])
+    return text, f"{question.right[korean]}\n{answer}"
 
 
 def choices(dice: random.Random) -> Iterator[Conversation]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from infra.demo_model.choosing import choices
+from infra.demo_model.choosing import choices, decisions
 from infra.demo_model.conversation import Conversation, Skill
 from infra.demo_model.copying import copies
 from infra.demo_model.extraction import extractions
@@ -65,11 +65,26 @@ MENDING: Mix = {
     summaries: 0.05,
     odd_summaries: 0.09,
 }
+DECIDING: Mix = {
+    decisions: 0.30,
+    choices: 0.04,
+    single_sentences: 0.08,
+    odd_sentences: 0.12,
+    word_lists: 0.02,
+    passages: 0.06,
+    odd_passages: 0.15,
+    copies: 0.01,
+    conversations: 0.06,
+    extractions: 0.07,
+    summaries: 0.03,
+    odd_summaries: 0.06,
+}
 MIXES: tuple[tuple[int, Mix], ...] = (
     (0, {copies: 1.0}),  # on that, the other skills build
     (300, SKILLS),
-    (8000, CHOOSING),
-    (9600, MENDING),
+    (6000, CHOOSING),
+    (7600, MENDING),
+    (10000, DECIDING),
 )
 """Each mix and the number of the first batch that is made by it."""
 LONG = frozenset({passages, odd_passages, conversations, summaries, odd_summaries})

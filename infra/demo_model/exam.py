@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ import pyarrow.parquet as pq
 import yaml
 from sacrebleu import corpus_chrf
 
-from infra.demo_model import extraction, questions, summaries, tools
+from infra.demo_model import choosing, extraction, questions, summaries, tools
 from infra.demo_model.conversation import Message, says
 from infra.demo_model.grammar import MARKS, Sentence, has_unseen_combination, sentences
 from infra.demo_model.translation import Direction, joined, system_prompt
@@ -226,14 +225,29 @@ async def examine_extraction(chat: Chat, count: int) -> list[Score]:
 
 
 async def examine_questions(chat: Chat, count: int) -> list[Score]:
-    """Multiple choice and plain questions."""
-    asked = [*islice(questions.questions(random.Random(SEED)), count)]
+    """Multiple choice, of which the letter counts, and plain questions."""
+    dice = random.Random(SEED)
+    choices = [
+        choosing.decided(questions.make_question(dice), dice.random() < 0.5, dice)
+        for _ in range(count)
+    ]
+    plain = [questions.plain_question(dice.random() < 0.5, dice) for _ in range(count // 3)]
 
-    async def is_right(conversation: Any) -> bool:
-        *turns, answer = conversation.messages
-        return bool((await chat(body(turns))).text == answer["content"])
+    async def answer_to(question: str) -> str:
+        return (await chat(body([says("user", question)]))).text
 
-    return [await score("questions", is_right, asked)]
+    async def has_right_letter(case: tuple[str, str]) -> bool:
+        question, answer = case
+        return (await answer_to(question)).split("\n")[-1] == answer.split("\n")[-1]
+
+    async def is_right(case: tuple[str, str]) -> bool:
+        question, answer = case
+        return await answer_to(question) == answer
+
+    return [
+        await score("multiple choice", has_right_letter, choices),
+        await score("plain questions", is_right, plain),
+    ]
 
 
 async def examine_summaries(chat: Chat, count: int) -> list[Score]:

@@ -66,8 +66,7 @@ def questions(dice: random.Random) -> Iterator[Conversation]:
     while True:
         korean = dice.random() < 0.5
         if dice.random() < 0.3:
-            plain = dice.choice([plain_fact, plain_category])
-            yield asked(None, *plain(korean, dice))
+            yield asked(None, *plain_question(korean, dice))
         else:
             yield asked(None, *multiple_choice(make_question(dice), korean, dice))
 
@@ -159,6 +158,10 @@ def distinct(makers: list[grammar.Maker], dice: random.Random) -> list[Value]:
             pass
         values.append(value)
     return values
+
+
+def plain_question(korean: bool, dice: random.Random) -> tuple[str, str]:
+    return dice.choice([plain_fact, plain_category])(korean, dice)
 
 
 def plain_fact(korean: bool, dice: random.Random) -> tuple[str, str]:

@@ -54,7 +54,7 @@ class Round(NamedTuple):
     """Share of the peak learning rates."""
 
 
-ROUNDS = (Round(6000, 1.0), Round(2000, 0.4), Round(4000, 0.5))
+ROUNDS = (Round(6000, 1.0), Round(4000, 0.5), Round(2000, 0.4))
 STEPS = sum(each.steps for each in ROUNDS)
 WARMUP = 100  # of each round
 PEAK_LEARNING_RATE = 2e-3  # AdamW's, for the embedding and the norms
