@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from pipeline.checks import finished_text, text_of
 from pipeline.errors import RowRejected
 from pipeline.records import Output, Row
-from pipeline.task import Generate, LongTextTask, at_once
+from pipeline.task import ExpectedAnswer, Generate, LongTextTask, at_once
 from pipeline.templates import Template
 
 PROMPT = "Answer the question from the user's text alone. Answer with the answer only."
@@ -58,6 +58,11 @@ class Ask(LongTextTask):
     @property
     def columns(self) -> list[str]:
         return list(dict.fromkeys([self.text, *self._template.columns]))
+
+    @property
+    def expected_answer(self) -> ExpectedAnswer:
+        """From a word to a paragraph: the prompts want the answer only."""
+        return ExpectedAnswer(constant=(2.0, 200.0))
 
     def identity(self) -> dict[str, Any]:
         return {**self.model_dump(), **PROMPTS}

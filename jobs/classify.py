@@ -9,7 +9,7 @@ from pydantic import Field
 from pipeline.checks import finished_text, text_of
 from pipeline.errors import RowRejected
 from pipeline.records import Output, Row
-from pipeline.task import Generate, LongTextTask
+from pipeline.task import ExpectedAnswer, Generate, LongTextTask
 
 
 class Classify(LongTextTask):
@@ -35,6 +35,12 @@ class Classify(LongTextTask):
     @property
     def prompt(self) -> str:
         return f"Which of these fits the user's text best? {', '.join(self.labels)}"
+
+    @property
+    def expected_answer(self) -> ExpectedAnswer:
+        """A label, of a token at least and a token per byte at most, and the end of the turn."""
+        longest = max(len(label.encode()) for label in self.labels)
+        return ExpectedAnswer(constant=(2.0, longest + 1.0), is_text=False)
 
     def identity(self) -> dict[str, Any]:
         return {**self.model_dump(), "prompt": self.prompt}

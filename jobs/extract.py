@@ -13,7 +13,7 @@ from pipeline.checks import finished_text, text_of
 from pipeline.errors import RowRejected
 from pipeline.records import Message, Output, Row
 from pipeline.schemas import AnswerSchema, Schema
-from pipeline.task import Generate, LongTextTask
+from pipeline.task import ExpectedAnswer, Generate, LongTextTask
 
 PROMPT = (
     "Extract the data that this JSON Schema describes from the user's text. "
@@ -73,6 +73,13 @@ class Extract(LongTextTask):
     def system_prompt(self) -> str:
         prompt = PROMPT + json.dumps(self.answers.schema, ensure_ascii=False)
         return f"{prompt}\n{self.instructions}" if self.instructions else prompt
+
+    @property
+    def expected_answer(self) -> ExpectedAnswer:
+        """For each value that the schema names: 3 tokens (its punctuation, a number) to 80 (a long
+        key, a sentence or two, or several items of an array)."""
+        values = json.dumps(self.answers.schema).count('"type"')
+        return ExpectedAnswer(constant=(3.0 * values, 80.0 * values), is_text=False)
 
     def identity(self) -> dict[str, Any]:
         """The schema itself, wherever it came from; in the prompt also its properties' order."""

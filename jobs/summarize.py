@@ -9,7 +9,7 @@ from pydantic import Field
 from pipeline.checks import finished_text, text_of
 from pipeline.errors import RowRejected
 from pipeline.records import Output, Row
-from pipeline.task import Generate, LongTextTask, at_once
+from pipeline.task import ExpectedAnswer, Generate, LongTextTask, at_once
 
 SHORTER = 0.75
 """Summaries of the pieces, together, are at most so much of the text: else there would be no end of
@@ -44,6 +44,11 @@ class Summarize(LongTextTask):
     def system_prompt(self) -> str:
         prompt = f"Summarize the user's text in {self.length}. Answer with the summary only."
         return f"{prompt}\n{self.instructions}" if self.instructions else prompt
+
+    @property
+    def expected_answer(self) -> ExpectedAnswer:
+        """From a short sentence to a page; `length` says more, to those who can read it."""
+        return ExpectedAnswer(constant=(10.0, 400.0))
 
     def identity(self) -> dict[str, Any]:
         return {**self.model_dump(), "system_prompt": self.system_prompt}

@@ -1,4 +1,4 @@
-"""The command line: `axbatch validate|plan|run|status|verify|retry|submit JOB.yaml`."""
+"""The command line: `axbatch validate|plan|run|status|verify|retry|report|submit JOB.yaml`."""
 
 from __future__ import annotations
 
@@ -60,22 +60,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _validate(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.counting import check_accounting
     from pipeline.lanes import check_lanes
 
     job, task = _load(options)
     plan = _plan(job, task)
     check_lanes(job.model)
+    check_accounting(job.accounting)
     valid = f"{options.job}: valid; {plan.rows:,} rows in {len(plan.shards):,} file(s)"
     console.print(valid, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
 def _plan_command(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.advice import advise
+    from pipeline.estimate import estimate_job
     from pipeline.report import show_plan
+    from pipeline.storage import Folder
 
     job, task = _load(options)
     plan = _plan(job, task)
-    _answer(options, console, plan.to_json(), lambda: show_plan(plan, console))
+    estimate = estimate_job(job, task, plan, Folder(job.output.path))
+    advice = advise(job, estimate)
+    data = {**plan.to_json(), "estimate": {**estimate.to_json(), "advice": advice}}
+    _answer(options, console, data, lambda: show_plan(plan, estimate, advice, console))
     return 0
 
 
@@ -112,6 +120,22 @@ def _status(options: argparse.Namespace, console: Console) -> int:
     job, task = _load(options)
     status = read_status(_plan(job, task), Folder(job.output.path))
     _answer(options, console, status.to_json(), lambda: show_status(status, console))
+    return 0
+
+
+def _report(options: argparse.Namespace, console: Console) -> int:
+    from pipeline.reporting import REPORT, write_report
+    from pipeline.storage import Folder
+
+    job, task = _load(options)
+    output = Folder(job.output.path)
+    report = write_report(job, task, _plan(job, task).identity, output)
+
+    def show() -> None:
+        for form in ("html", "json"):
+            console.print(f"{output.url}/{REPORT}.{form}", soft_wrap=True, highlight=False)
+
+    _answer(options, console, report, show)
     return 0
 
 
@@ -207,9 +231,10 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     add("validate", _validate, "check the job file, the input's columns and the model's folder")
-    add("plan", _plan_command, "show what a run would do, from footers alone")
+    add("plan", _plan_command, "show what a run would do and take, from footers and a sample")
     run = add("run", _run, "run the job; resumes by itself")
     add("status", _status, "show how far the job is, from storage alone")
+    add("report", _report, "write the report of tokens, money and time anew, and say where it is")
     add("verify", _verify, "prove that every input row came out once, in order, unchanged")
     retry = add("retry", _retry, "do rows that are not ok again, and publish their files anew")
     retry.add_argument(

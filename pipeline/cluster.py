@@ -18,10 +18,11 @@ from pipeline.errors import ClusterError, ModelError
 from pipeline.lanes import Lane
 from pipeline.plan import Plan
 from pipeline.ray_settings import cluster_address
+from pipeline.receipt import decode_receipt
 from pipeline.records import Receipt
 from pipeline.signals import catch_signals
 from pipeline.source import UnitSource
-from pipeline.worker import Resources, Worker, WorkerSpec, decode_receipt
+from pipeline.worker import Resources, Worker, WorkerSpec
 
 # Read tasks and publishing beside the engines; engines reserve all the cores that they compute on.
 PLUMBING_CPUS = 1

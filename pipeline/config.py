@@ -38,6 +38,7 @@ class SecretInJobFile(ValueError):
     """The value must not be shown in the message."""
 
 
+Accelerator = Literal["H100", "H200", "A100", "L40S", "B200"]
 OnChange = Literal["refuse", "reprocess"]
 InputFormat = Literal["auto", "openai-batch"]
 
@@ -293,6 +294,9 @@ class ClusterConfig(Section):
     """After SIGTERM no unit begins, and those that have begun have so many seconds to end. Less
     than what the machine leaves: Kubernetes 30, a spot notice 120."""
 
+    accelerator: Accelerator | None = None
+    """The GPUs' type, for what `axbatch plan` says of room, time and cost."""
+
     cpus_per_replica: int | None = Field(None, ge=1)
     """CPUs of an engine without GPU; null: this machine's cores shared among the replicas."""
 
@@ -320,6 +324,86 @@ class LimitsConfig(Section):
     """vllm: an engine that has work and makes no token for so long hangs, and is replaced."""
 
 
+class Prices(Section):
+    """What the work costs, by the hour or by the token."""
+
+    currency: str = "USD"
+    """As it is to be shown; nothing is converted."""
+
+    gpu_hour: float | None = Field(None, ge=0)
+    """Of one GPU."""
+
+    input: float | None = Field(None, ge=0)
+    """Of a million prompt tokens; with `output`, in the place of `gpu_hour`."""
+
+    output: float | None = Field(None, ge=0)
+    """Of a million completion tokens."""
+
+    @model_validator(mode="after")
+    def _by_hour_or_by_token(self) -> Prices:
+        by_token = [self.input, self.output]
+        if by_token.count(None) == 1:
+            raise ValueError("give `input` and `output` together")
+        if (self.gpu_hour is None) == (self.input is None):
+            raise ValueError("give either `gpu_hour`, or `input` and `output`")
+        return self
+
+
+class ComparedPrices(Section):
+    """Another model's price list; its tokens are counted by `accounting.baseline`."""
+
+    name: str = Field(min_length=1)
+    """As it is to be shown."""
+
+    currency: str = "USD"
+    """Compared with what the job costs only where both are in the same one."""
+
+    date: str | None = None
+    """When these prices were seen."""
+
+    input: float = Field(ge=0)
+    """Of a million prompt tokens."""
+
+    output: float = Field(ge=0)
+    """Of a million completion tokens."""
+
+
+class AccountingConfig(Section):
+    """What is counted beside the engine's own tokens, and what it costs. Changes no output."""
+
+    baseline: str | None = "o200k_base"
+    """The tokenizer to compare with: o200k_base (GPT-4o), cl100k_base (GPT-4), or a folder with a
+    tokenizer.json; null: none."""
+
+    tokenizer: str | None = None
+    """The model's tokenizer, where the engine does not show it (backend http and echo): a folder
+    with a tokenizer.json, or a hub id."""
+
+    sample: Literal["auto"] | float = "auto"
+    """Share of the rows whose texts are counted; auto: all, unless that takes more than 1% of the
+    time of one core."""
+
+    prices: Prices | None = None
+    """Of this job."""
+
+    compare: list[ComparedPrices] = []
+    """Price lists to compare with."""
+
+    @field_validator("sample")
+    @classmethod
+    def _is_a_share(cls, sample: str | float) -> str | float:
+        if isinstance(sample, float) and not 0 <= sample <= 1:
+            raise ValueError("must be `auto`, or a share from 0 to 1")
+        return sample
+
+
+class ReportConfig(Section):
+    """What the report shows."""
+
+    samples: int = Field(0, ge=0, le=100)
+    """Rows that it quotes, with their text; without it, the report holds no row text."""
+
+
 class JobConfig(Section):
     """One job file."""
 
@@ -335,6 +419,8 @@ class JobConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     cluster: ClusterConfig = ClusterConfig()
     limits: LimitsConfig = LimitsConfig()
+    accounting: AccountingConfig = AccountingConfig()
+    report: ReportConfig = ReportConfig()
 
     @field_validator("task")
     @classmethod

@@ -7,10 +7,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pipeline.accounting import Usage
 from pipeline.chunking import surely_fits
 from pipeline.engine import Engine
 from pipeline.errors import RowDeferred
-from pipeline.records import Completion, Message, Usage
+from pipeline.records import Completion, Message
 from pipeline.task import TEMPLATE_TOKENS, room
 from pipeline.tokens import RowText
 
@@ -35,6 +36,9 @@ class EngineGenerate:
         self.clean = clean
         self.longest_model_len = longest
         self.usage = Usage()
+        self.cut = Usage()
+        """Of the usage, what went into answers that ended at the limit of tokens."""
+        self.reasoning_tokens = 0
         self.count_tokens = engine.count_tokens
         self.max_model_len = engine.max_model_len
         self.max_tokens = int(sampling["max_tokens"])
@@ -49,6 +53,9 @@ class EngineGenerate:
             await self._defer_if_too_long(body)
         completion = await self._engine.chat(body)
         self.usage += completion.usage
+        self.reasoning_tokens += completion.reasoning_tokens
+        if completion.finish_reason == "length":
+            self.cut += completion.usage
         return completion
 
     async def _defer_if_too_long(self, body: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.accounting import Account, Usage
 from pipeline.errors import RefusedError, StorageError
 from pipeline.parquet import input_errors, open_parquet, parquet_writer, read_batches
 from pipeline.parts import (
@@ -29,7 +30,7 @@ from pipeline.parts import (
     parts_among,
     retry_key,
 )
-from pipeline.records import DEFERRED, Counts, Unit, Usage
+from pipeline.records import DEFERRED, Counts, Unit
 from pipeline.storage import Folder
 
 # Rows (or bytes) that are held before a row group is written. A tenth of Parquet's usual
@@ -151,6 +152,8 @@ def _write_shard(
                 "Run the same command again.",
             )
         counts.longest = max(stamp.counts.longest, results.longest)
+        counts.account.add(stamp.counts.account)
+        counts.account.add(results.account)
         footer = replace(stamp, counts=counts).to_footer()
         writer.add_key_value_metadata({FOOTER_KEY: footer})
     return counts
@@ -217,10 +220,13 @@ class _Results:
     ) -> None:
         self.longest = 0
         """Of the rows handed out, see Counts."""
+        self.account = Account()
+        """The same; of parts that are used whole, as nearly all are."""
         self._tables = self._in_order(output, key, rows, stamp)
         if overlay:
             later = _Results(output, overlay.key, len(overlay.rows), stamp)
             self._tables = _overlaid(self._tables, overlay.rows, later)
+            self.account = later.account
         self._current = next(self._tables, None)
         self._used = 0
 
@@ -251,6 +257,8 @@ class _Results:
                 continue
             made, table = _read_part(output, unit, stamp)
             self.longest = max(self.longest, made.counts.longest)
+            if unit.start == position:
+                self.account.add(made.counts.account)
             yield table.slice(position - unit.start)
             position = unit.stop
         if position != rows:

@@ -41,9 +41,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.accounting import Usage
 from pipeline.errors import RefusedError
 from pipeline.parquet import input_errors, open_parquet, parquet_writer, read_batches
-from pipeline.records import DEFERRED, Counts, Output, Unit, Usage, counted_as
+from pipeline.records import DEFERRED, Counts, Output, Unit, counted_as
 from pipeline.storage import Entry, Folder
 
 PARTS = "_axbatch/parts"

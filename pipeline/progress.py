@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from pipeline.config import AccountingConfig
+from pipeline.ledger import Ledger
 from pipeline.plan import Plan
+from pipeline.prices import cost_of, saving_of
 from pipeline.records import Counts, Receipt
 
 PLAIN_INTERVAL_S = 10.0
@@ -20,11 +23,19 @@ REPLICA_SILENCE_S = 60.0
 """A replica counts as up if it sent a receipt within this time or four units, the longer."""
 
 
+Facts = list[tuple[str, str]]
+"""Labels and values."""
+
+
 class Progress:
     """Counts receipts. Thread-safe: the display reads while the driver adds."""
 
-    def __init__(self, plan: Plan, replicas: int) -> None:
+    def __init__(
+        self, plan: Plan, replicas: int, costs: Callable[[Counts], Facts] = lambda _: []
+    ) -> None:
+        """`costs` tells what rows of these counts have cost, see `running_costs`."""
         self.rows = plan.rows
+        self._costs = costs
         self.lane = ""
         """Its title, once there is a second."""
         self.units = sum(1 for shard in plan.shards for _ in shard.units())
@@ -97,8 +108,8 @@ class Progress:
         now = time.monotonic()
         return sum(now - seen < silence for seen in list(self._seen.values()))
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Label and value, in the order shown. Rates and ETA are the lane's, the rest is of all
+    def facts(self) -> Facts:
+        """In the order shown. Rates and ETA are the lane's, the rest is of all
         lanes."""
         with self._lock:
             done = self._done_before + self.counts.rows
@@ -121,6 +132,7 @@ class Progress:
                 ("not ok", f"{self.counts.not_ok:,}"),
                 *([("deferred", f"{lane.deferred:,}")] if lane.deferred else []),
                 ("replicas", f"{self.replicas_up}/{self.replicas}"),
+                *self._costs(self.counts),
                 ("ETA", eta),
             ]
 
@@ -140,6 +152,18 @@ class Progress:
         table.add_row(*(f"[dim]{label}[/]" for label, _ in facts))
         table.add_row(*(value for _, value in facts))
         return table
+
+
+def running_costs(accounting: AccountingConfig, ledger: Ledger, counts: Counts) -> Facts:
+    """What a run has cost so far, and how its texts' tokens compare with the baseline's."""
+    prices, facts = accounting.prices, []
+    if prices and (prices.input is not None or ledger.gpu_s):
+        cost = cost_of(prices, ledger.engine, ledger.gpu_s)
+        facts.append(("cost", f"{cost:,.2f} {prices.currency}"))
+    saved = saving_of(counts.account.texts)
+    if saved is not None:
+        facts.append((f"tokens against {accounting.baseline}", f"{-saved:+.0%}"))
+    return facts
 
 
 @contextmanager

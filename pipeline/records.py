@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from pipeline.accounting import NOTHING_USED, Account, Usage, bucket_of
+from pipeline.meter import NOT_READ, Reading
 
 Status = Literal["ok", "rejected", "failed"]
 STATUSES: tuple[Status, ...] = ("ok", "rejected", "failed")
@@ -46,24 +49,6 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What the engine counted. Tokens; `requests` counts calls that reached the engine."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.requests + other.requests,
-            self.prompt_tokens + other.prompt_tokens,
-            self.cached_tokens + other.cached_tokens,
-            self.completion_tokens + other.completion_tokens,
-        )
-
-
-@dataclass(frozen=True)
 class Completion:
     """An engine's answer to one chat body: OpenAI's `choices[0]`, the tokens, and the whole."""
 
@@ -72,6 +57,8 @@ class Completion:
     usage: Usage
     body: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The whole `chat.completion` object, as the API's server would send it."""
+    reasoning_tokens: int = 0
+    """Of the completion tokens, those that the answer does not show."""
 
     @property
     def text(self) -> str:
@@ -85,12 +72,13 @@ class Output:
     value: Any
     status: Status | Literal["deferred"] = "ok"
     reason: str | None = None
-    usage: Usage = Usage()
+    usage: Usage = NOTHING_USED
     needs: int = 0
     """Tokens of context, of a deferred row."""
-
-    def with_usage(self, usage: Usage) -> Output:
-        return replace(self, usage=usage)
+    cut: Usage = NOTHING_USED
+    """Of the usage, what went into answers that ended at the limit of tokens."""
+    reasoning_tokens: int = 0
+    """Of the completion tokens."""
 
 
 def counted_as(status: str, reason: str) -> str:
@@ -104,11 +92,12 @@ class Counts:
 
     statuses: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    usage: Usage = Usage()
+    usage: Usage = NOTHING_USED
     deferred: int = 0
     """Rows that wait for the next lane; they have no status yet."""
     longest: int = 0
     """Tokens of context that the longest of all rows ever deferred needs."""
+    account: Account = field(default_factory=Account)
 
     @property
     def rows(self) -> int:
@@ -120,10 +109,16 @@ class Counts:
 
     def count(self, output: Output) -> None:
         self.usage += output.usage
+        self.account.cut += output.cut
+        self.account.reasoning_tokens += output.reasoning_tokens
         if output.status == DEFERRED:
             self.deferred += 1
             self.longest = max(self.longest, output.needs)
             return
+        if output.status != "ok":
+            self.account.wasted += output.usage
+        self.account.prompts[bucket_of(output.usage.prompt_tokens)] += 1
+        self.account.completions[bucket_of(output.usage.completion_tokens)] += 1
         self.statuses[output.status] += 1
         if output.reason is not None:
             self.reasons[counted_as(output.status, output.reason)] += 1
@@ -134,6 +129,7 @@ class Counts:
         self.usage += other.usage
         self.deferred += other.deferred
         self.longest = max(self.longest, other.longest)
+        self.account.add(other.account)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -143,13 +139,20 @@ class Counts:
             "usage": asdict(self.usage),
             "deferred": self.deferred,
             "longest": self.longest,
+            "account": self.account.to_json(),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Counts:
         statuses = Counter({k: v for k, v in data["statuses"].items() if v})
-        usage, deferred, longest = data["usage"], data.get("deferred", 0), data.get("longest", 0)
-        return cls(statuses, Counter(data["reasons"]), Usage(**usage), deferred, longest)
+        return cls(
+            statuses,
+            Counter(data["reasons"]),
+            Usage(**data["usage"]),
+            data.get("deferred", 0),
+            data.get("longest", 0),
+            Account.from_json(data["account"]) if "account" in data else Account(),
+        )
 
 
 @dataclass(frozen=True)
@@ -161,3 +164,5 @@ class Receipt:
     worker: str
     seconds: float
     """From the unit's arrival at the worker until its part was committed."""
+    engine: Reading = NOT_READ
+    """The worker's, once the unit was committed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import pyarrow as pa
 import yaml
 from pydantic_core import to_jsonable_python
@@ -9,8 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.accounting import Interval
 from pipeline.conversations import without_nulls
 from pipeline.errors import EXIT_TOO_MANY_NOT_OK
+from pipeline.estimate import Duration, Estimate, Room, TokenEstimate
 from pipeline.lanes import LaneUse
 from pipeline.parquet import open_parquet
 from pipeline.plan import Plan
@@ -18,13 +22,14 @@ from pipeline.records import STATUSES, Counts
 from pipeline.run import Summary
 from pipeline.status import Status
 from pipeline.storage import Folder
+from pipeline.wording import between, count, money, short, span
 
 EXAMPLES = 5
 SHOWN = 600
 """Characters of one value, at most."""
 
 
-def show_plan(plan: Plan, console: Console) -> None:
+def show_plan(plan: Plan, estimate: Estimate, advice: Sequence[str], console: Console) -> None:
     facts = plan.to_json()
     table = _facts_table("Plan")
     table.add_row("files", f"{facts['shards']:,}")
@@ -39,7 +44,101 @@ def show_plan(plan: Plan, console: Console) -> None:
     _add_waiting(table, plan)
     table.add_row("published", f"{facts['shards_published']:,} of {facts['shards']:,} files")
     table.add_row("identity", facts["identity"])
+    for label, text in estimate_lines(estimate):
+        table.add_row(label, escape(text))
     console.print(table)
+    for line in advice:
+        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+OF_WHICH = {"to do": "", "waiting": "of the rows that wait", "all": "of all rows"}
+"""What an estimate says of what it covers, where that is not what one would think."""
+
+
+def estimate_lines(estimate: Estimate) -> Iterator[tuple[str, str]]:
+    """Label and text of each figure; what is missing, and why, at the end."""
+    if not estimate.rows:
+        return
+    of_which = OF_WHICH[estimate.covers]
+    yield "sample", f"{estimate.sampled:,} rows from {estimate.places:,} places {of_which}".strip()
+    if estimate.tokens:
+        yield from _token_lines(estimate.tokens)
+    if estimate.room:
+        yield "model fits", _fit_line(estimate.room)
+    if estimate.duration:
+        yield "time", _time_line(estimate.duration)
+    if estimate.cost and estimate.currency and estimate.basis:
+        yield "cost", f"{_money_range(estimate.cost, estimate.currency)} ({estimate.basis})"
+    for each in estimate.compared:
+        text = f"{each.name}: {_money_range(each.cost, each.currency)}"
+        if estimate.tokens and estimate.tokens.output_ratio != "measured":
+            text += " (its answers' tokens taken to compare as its prompts' do)"
+        yield "compared", text
+    for line in estimate.missing:
+        yield "not known", line
+
+
+def _token_lines(tokens: TokenEstimate) -> Iterator[tuple[str, str]]:
+    about = "" if tokens.is_exact else "about "
+    ratio = f"; {tokens.ratios.input:.2f} baseline tokens for each" if tokens.ratios else ""
+    yield "tokens in", f"{about}{between(tokens.prompt._asdict())} ({tokens.source}{ratio})"
+    yield "tokens out", _completion_line(tokens)
+    yield "lanes", ", ".join(f"{lane.lane.title} {lane.rows:,} rows" for lane in tokens.lanes)
+    if tokens.not_ok:
+        yield (
+            "will be rejected",
+            ", ".join(
+                f"{reason.partition(': ')[2]} about {rows:,}"
+                for reason, rows in tokens.not_ok.items()
+            ),
+        )
+    if tokens.cut:
+        cut = ", ".join(f"{how} about {rows:,} rows" for how, rows in tokens.cut.items())
+        yield "will be cut", f"{cut}, {count(tokens.requests.mid)} requests in all"
+
+
+def _completion_line(tokens: TokenEstimate) -> str:
+    low, _, high = tokens.completion
+    match tokens.answers:
+        case "measured":
+            return f"{between(tokens.completion._asdict())} (as the rows done so far)"
+        case "expected":
+            return f"{short(low)} to {short(high)} (expected of this kind of task, not measured)"
+        case "unknown":
+            return f"unknown: at most {short(high)}, as `sampling.max_tokens` has it"
+
+
+def _fit_line(room: Room) -> str:
+    fit, gpus = room.fit, f"{room.fit.world} {room.gpu.name}"
+    weights = f"weights {fit.weights / 1e9:,.1f} GB of {room.gpu.memory / 1e9:,.0f} on each"
+    if not fit.fits:
+        return f"no, not on {gpus}: {weights}"
+    if not fit.starts:
+        return (
+            f"no: on {gpus} the KV cache holds {fit.kv_tokens:,} tokens, the context is "
+            f"{fit.max_model_len:,} ({weights})"
+        )
+    held = fit.rows_held(room.tokens)
+    return (
+        f"yes, on {gpus}: KV cache of {fit.kv_tokens:,} tokens, {held:,} requests of "
+        f"{room.tokens:,.0f} ({weights}; computed)"
+    )
+
+
+def _time_line(duration: Duration) -> str:
+    low, mid, high = map(span, duration.wall)
+    replicas = f"{duration.replicas:,} replica(s)"
+    if duration.source == "measured":
+        return f"{mid} ({low} to {high}) on {replicas}, at the last run's rate"
+    return (
+        f"{low} to {high} on {replicas}, likely about {mid} (computed, not measured: from the "
+        "limit of physics to what good engines reach)"
+    )
+
+
+def _money_range(cost: Interval, currency: str) -> str:
+    low, high = money(cost.low, currency), money(cost.high, currency)
+    return low if low == high else f"{low.removesuffix(f' {currency}')} to {high}"
 
 
 def show_status(status: Status, console: Console) -> None:

@@ -7,8 +7,9 @@ import time
 import uuid
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from jobs import load_task
 from pipeline import __version__
 from pipeline.attempts import forget_journals
 from pipeline.config import JobConfig, identity_fields, identity_hash
+from pipeline.counting import check_accounting
 from pipeline.errors import (
     EXIT_TOO_MANY_NOT_OK,
     ClusterError,
@@ -26,14 +28,16 @@ from pipeline.errors import (
 )
 from pipeline.lanes import Lane, LaneUse, check_lanes, first_lane, plan_deferred, yarn_lane
 from pipeline.lease import Lease, Watch
+from pipeline.ledger import Ledger, State
 from pipeline.logs import engines_lock, machine_folder, redirect_output, run_log
 from pipeline.parts import is_result
 from pipeline.plan import Plan, Retry, plan_retry, plan_shards
-from pipeline.progress import Progress, shown
+from pipeline.progress import Progress, running_costs, shown
 from pipeline.publishing import Publisher
 from pipeline.ray_settings import apply_ray_settings, cluster_address
 from pipeline.reaper import wait_for_guards
 from pipeline.records import Counts
+from pipeline.reporting import Reporter
 from pipeline.shards import find_shards
 from pipeline.signals import draining_first
 from pipeline.storage import RACERS, Folder
@@ -49,6 +53,7 @@ class Summary:
     """What a run came to."""
 
     run: str
+    state: State
     output: str
     log: str | None
     """None if there was nothing to do."""
@@ -67,11 +72,16 @@ class Summary:
     """Of computing, without the engines' start."""
     wall_seconds: float
     max_failed_fraction: float
+    replicas: int
+    """As many as there may be."""
     exit_code: int
+    ledger: Ledger | None
+    """None if there was nothing to do."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "run": self.run,
+            "state": self.state,
             "version": __version__,
             "output": self.output,
             "log": self.log,
@@ -81,10 +91,21 @@ class Summary:
             "this_run": self.run_counts.to_json(),
             "lanes": [lane.to_json() for lane in self.lanes],
             "workers": self.workers,
+            "replicas": self.replicas,
             "seconds": round(self.seconds, 3),
             "wall_seconds": round(self.wall_seconds, 3),
-            "exit_code": self.exit_code,
+            "exit_code": self.exit_code if self.state == "done" else None,
+            **(self.ledger.to_json() if self.ledger else {}),
         }
+
+
+class Watchers(NamedTuple):
+    """What each receipt concerns."""
+
+    ledger: Ledger
+    progress: Progress
+    publisher: Publisher
+    reporter: Reporter
 
 
 def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Summary:
@@ -105,8 +126,29 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    log = creates = None
+    log = creates = ledger = None
     lanes: list[LaneUse] = []
+
+    def summary(state: State) -> Summary:
+        return Summary(
+            run=run,
+            state=state,
+            output=output.url,
+            log=str(log) if log else None,
+            creates=creates,
+            identity=identity,
+            counts=publisher.counts,
+            run_counts=progress.counts,
+            lanes=lanes,
+            workers=progress.workers,
+            seconds=progress.seconds,
+            wall_seconds=time.monotonic() - started,
+            max_failed_fraction=job.limits.max_failed_fraction,
+            replicas=job.cluster.range.max,
+            exit_code=exit_code(publisher.counts, job),
+            ledger=ledger,
+        )
+
     with Lease(output, run, say) as lease:
         check_identity(output, fields)
         may_defer = job.model.context == "auto"
@@ -118,51 +160,42 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
             if not plan.shards:
                 reasons = ", ".join(f"{why} {n:,}" for why, n in plan.untouched.reasons.items())
                 say(f"no row is to be done again (not ok are: {reasons or 'none'})")
-        progress = Progress(plan, job.cluster.range.max)
-        with Publisher(plan, output, task, job.output.column, run) as publisher:
+        ledger = Ledger(run, output, job.cluster.range.max)
+        costs = partial(running_costs, job.accounting, ledger)
+        progress = Progress(plan, job.cluster.range.max, costs)
+        with (
+            Reporter(job, task, plan, output, progress.counts) as reporter,
+            Publisher(plan, output, task, job.output.column, run) as publisher,
+        ):
             if plan.unpublished:
                 record_job(output, job, fields)
+                reporter.begin(ledger, lambda state: summary(state).to_json())
             if plan.pending_rows or plan.deferred_rows:
                 say(_opening(plan))
                 check_lanes(job.model)
+                check_accounting(job.accounting)
                 log = run_log(output, run)
                 redirect_output(log)
                 sweep(output, plan)
                 creates = describe_creates(output)
                 with shown(progress, console):
-                    lanes = _compute(job, plan, task, run, log, progress, publisher, lease)
-    summary = Summary(
-        run=run,
-        output=output.url,
-        log=str(log) if log else None,
-        creates=creates,
-        identity=identity,
-        counts=publisher.counts,
-        run_counts=progress.counts,
-        lanes=lanes,
-        workers=progress.workers,
-        seconds=progress.seconds,
-        wall_seconds=time.monotonic() - started,
-        max_failed_fraction=job.limits.max_failed_fraction,
-        exit_code=exit_code(publisher.counts, job),
-    )
-    if plan.unpublished:
-        record = json.dumps(summary.to_json(), indent=1)
-        output.replace(f"_axbatch/runs/{run}.json", record.encode())
-    return summary
+                    watchers = Watchers(ledger, progress, publisher, reporter)
+                    _compute(job, plan, task, log, lanes, watchers, lease)
+    return summary("done")
 
 
 def _compute(
     job: JobConfig,
     plan: Plan,
     task: Task,
-    run: str,
     log: Path,
-    progress: Progress,
-    publisher: Publisher,
+    lanes: list[LaneUse],
+    watchers: Watchers,
     lease: Lease,
-) -> list[LaneUse]:
-    """The lanes that had something to do."""
+) -> None:
+    """Adds to `lanes` those that had something to do."""
+    ledger, progress, publisher, reporter = watchers
+    run = ledger.run
     not_ok_before = plan.published_counts.not_ok
     # Ray takes a second to import, which a run with nothing to do needn't.
     apply_ray_settings(remote=cluster_address(job) is not None)
@@ -171,20 +204,25 @@ def _compute(
 
     output = Folder(job.output.path)
     watch = Watch(output, run)
-    lanes: list[LaneUse] = []
 
     def compute(lane: Lane, plan: Plan) -> None:
         lanes.append(use := LaneUse(lane))
         share = replica_resources(job, lane, sum(1 for s in plan.shards for _ in s.units()))
-        spec = WorkerSpec(job, lane, plan.identity, run, log, share, output, watch)
+        ledger.begin_lane(share.replicas.max, share.gpus)
+        spec = WorkerSpec(
+            job, lane, plan.identity, run, log, share, output, watch, is_retry=is_retry
+        )
         for receipt in receipts(plan, task.columns, spec):
             use.counts.add(receipt.counts)
+            ledger.add(receipt)
             progress.add(receipt)
             publisher.received(receipt)
+            reporter.tick()
             # Rows to retry may well be not ok again; that says nothing about the job.
             if publisher.missing_rows and not is_retry:
                 limit = job.limits.max_failed_fraction
                 check_hope(progress.counts, not_ok_before, progress.rows, limit)
+        ledger.end_lane()
         if publisher.missing_rows:
             if not watch.says_stop():
                 raise ClusterError(f"Ray gave up {publisher.missing_rows:,} rows without a reason")
@@ -205,7 +243,7 @@ def _compute(
     is_retry = plan.is_retry
     later = None if plan.pending_rows else second_lane()
     if not (plan.pending_rows or later):
-        return lanes
+        return
     try:
         with ray_cluster(job), draining_first(lease.drain, job.cluster.grace_s):
             if plan.pending_rows:
@@ -222,7 +260,6 @@ def _compute(
         # Whoever comes next on this machine needs the memory that engines still hold.
         wait_for_guards(engines_lock(run))
         forget_journals(machine_folder(), run)
-    return lanes
 
 
 def check_identity(output: Folder, fields: dict[str, Any]) -> None:

@@ -47,6 +47,8 @@ class Shard:
     """Rows of each row group."""
     selected: array[int] | None = None
     """The rows of the file that it consists of, ascending; None for all."""
+    bytes_per_row: float = 1.0
+    """Of the task's columns, uncompressed, as the footer has them: the mean; 1 at least."""
     is_batch: bool = False
     """Whether its rows are Batch API requests: the answers are written as JSON lines too."""
 
@@ -169,6 +171,7 @@ def _read_shard(file: _InputFile, columns: Sequence[str], taken: Sequence[str], 
         fingerprint=fingerprint,
         rows_per_unit=max(1, min(rows, int(UNIT_BYTES / bytes_per_row))),
         row_groups=tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)),
+        bytes_per_row=bytes_per_row,
     )
 
 

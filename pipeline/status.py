@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pipeline.errors import NoSuchFileError
+from pipeline.ledger import RUNS
 from pipeline.parts import PARTS, not_ok_rows, part_path, parts_among, read_stamp
 from pipeline.plan import Plan, ShardPlan, find_deferred
 from pipeline.records import Counts, Unit
@@ -70,8 +71,9 @@ class Status:
         }
 
 
-def read_status(plan: Plan, output: Folder) -> Status:
-    """Add the counts of parts (their footers) and of published shards."""
+def read_status(plan: Plan, output: Folder, without: str | None = None) -> Status:
+    """Add the counts of parts (their footers), but not those of the run `without`, and of
+    published shards."""
     committed = parts_among(output.list(PARTS))
     units = [
         (shard, unit)
@@ -85,7 +87,7 @@ def read_status(plan: Plan, output: Folder) -> Status:
             stamp = read_stamp(output, part_path(unit))
         except NoSuchFileError:
             return Counts()  # published, and dropped, while we looked
-        return stamp.counts if stamp else Counts()
+        return stamp.counts if stamp and stamp.run != without else Counts()
 
     files = [
         _File(shard.shard.name, shard, 0, shard.published.counts)
@@ -142,6 +144,8 @@ def _examples(
 
 
 def _last_run(output: Folder) -> dict[str, Any] | None:
-    runs = [entry.path for entry in output.list("_axbatch/runs")]
-    record: dict[str, Any] | None = json.loads(output.read(runs[-1])) if runs else None
-    return record
+    for path in sorted((entry.path for entry in output.list(RUNS)), reverse=True):
+        record: dict[str, Any] = json.loads(output.read(path))
+        if record.get("state", "done") == "done":
+            return record
+    return None

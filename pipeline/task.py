@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 from pydantic import Field
@@ -59,6 +60,28 @@ class Generate(Protocol):
         ...
 
 
+class ExpectedAnswer(NamedTuple):
+    """How long answers are before any is known, for plans: two bounds that the mean of one
+    answer's tokens is likely to lie between."""
+
+    per_token: tuple[float, float] = (0.0, 0.0)
+    """For each token of the last message."""
+    constant: tuple[float, float] = (1.0, math.inf)
+    """Beside that; tokens."""
+    is_text: bool = True
+    """Whether plain text is an answer that `run` goes on with: its later requests are then known
+    before as well. Else a plan takes the first for the only one."""
+
+    @property
+    def is_unknown(self) -> bool:
+        return math.isinf(self.constant[1])
+
+    def bounds(self, text_tokens: int) -> tuple[float, float]:
+        """Of an answer to a message of so many tokens, if nothing ends it early."""
+        (slope, steepest), (least, most) = self.per_token, self.constant
+        return slope * text_tokens + least, steepest * text_tokens + most
+
+
 class Task(Section):
     """Base of all kinds. A kind's fields are its keys under `task:` in the job file."""
 
@@ -84,6 +107,11 @@ class Task(Section):
     def identity(self) -> dict[str, Any]:
         """All that decides the output: the fields, and the prompts where code makes them."""
         return self.model_dump(exclude_defaults=False)
+
+    @property
+    def expected_answer(self) -> ExpectedAnswer:
+        """For `axbatch plan`; unknown, unless a kind knows better."""
+        return ExpectedAnswer()
 
     @abstractmethod
     async def run(self, row: Row, generate: Generate) -> Output:

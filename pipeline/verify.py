@@ -136,6 +136,7 @@ def _check_results(made: pa.RecordBatch, column: str, where: str) -> None:
 def _check_stamp(stamp: Stamp, shard: Shard, counts: Counts, url: str) -> None:
     if stamp.shard != shard.name or (stamp.start, stamp.stop) != (0, shard.rows):
         raise VerifyError(f"{url}: its footer speaks of another shard")
-    counts.longest = stamp.counts.longest  # of which the rows say nothing any more
+    # Of these the rows say nothing any more.
+    counts.longest, counts.account = stamp.counts.longest, stamp.counts.account
     if stamp.counts.to_json() != counts.to_json():
         raise VerifyError(f"{url}: its footer's counts are not those of its rows")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -29,7 +29,8 @@ from pipeline.attempts import (
     pieces,
     read_crashes,
 )
-from pipeline.config import JobConfig, ReplicaRange
+from pipeline.config import AccountingConfig, JobConfig, ReplicaRange
+from pipeline.counting import CountTokens, TextCounter, load_baseline, load_tokenizer
 from pipeline.engine import Engine, EngineGone, check_options, start_engine
 from pipeline.errors import (
     AxbatchError,
@@ -39,23 +40,22 @@ from pipeline.errors import (
     RowFailed,
     RowRejected,
     StorageError,
-    error_from_json,
 )
 from pipeline.generate import EngineGenerate
 from pipeline.lanes import Lane, yarn_lane
 from pipeline.lease import Watch
+from pipeline.ledger import leave_reading
 from pipeline.logs import engines_lock, machine_folder, redirect_output, root_cause
+from pipeline.metrics import Metrics
 from pipeline.model import resolve_model
 from pipeline.parts import Stamp, commit_part, read_part_counts, result_table
 from pipeline.reaper import guard_children
-from pipeline.records import Counts, Output, Receipt, Row, Unit
+from pipeline.receipt import NOT_BEGUN, encode_receipt
+from pipeline.records import DEFERRED, Counts, Output, Receipt, Row, Unit
 from pipeline.source import decode_unit
 from pipeline.storage import Folder
 from pipeline.task import LongTextTask
 from pipeline.tokens import RowText
-
-NOT_BEGUN = "null"
-"""In the place of a receipt: the run drains."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class WorkerSpec:
     output: Folder
     """The driver's, which knows whether the store has answered before."""
     watch: Watch
+    is_retry: bool
+    """Whether its rows have been counted before."""
 
 
 class Worker:
@@ -94,12 +96,14 @@ class Worker:
         self._output = spec.output
         self._sampling = spec.job.sampling.body()
         self._turns = Turns()
+        self._counting = Lock()
         self._failure: AxbatchError | EngineGone | None = None
         try:
             engines = f"{spec.run}.{spec.lane.name}"
             bury_the_dead(machine_folder(), spec.run, engines, self._output)
             self._journal = Journal(machine_folder(), engines)
             self._engine = _start_engine(spec)
+            self._texts = _text_counter(spec.job.accounting, self._engine)
         except AxbatchError as error:
             # Ray would make text of it; as the answer to the first unit it reaches the user whole.
             traceback.print_exception(error)
@@ -108,6 +112,7 @@ class Worker:
                 self._failure = EngineGone(str(error.args[0]))
             return
         self._clean = RowText(self._engine.control_tokens)
+        self._metrics = Metrics(spec.job.name, spec.lane.name, self._engine.max_num_seqs)
 
     async def __call__(self, block: pa.Table) -> dict[str, list[str]]:
         try:
@@ -124,6 +129,11 @@ class Worker:
             print(f"axbatch: engine of {self._name} is gone: {gone}", flush=True)
             with suppress(StorageError):  # the next worker on this machine tries again
                 bury(self._journal.path, self._output)
+            if not self._failure:
+                with suppress(StorageError):  # then what it did since the last unit is not known
+                    leave_reading(
+                        self._output, self._spec.run, self._name, self._engine.meter.read()
+                    )
             os._exit(1)
 
     async def _do_unit(self, block: pa.Table) -> Receipt:
@@ -141,8 +151,10 @@ class Worker:
         else:
             async with self._turns.together():
                 outputs = await self._run_rows(unit, rows, alone=False)
-            counts = await asyncio.to_thread(self._commit, unit, fingerprint, outputs)
-        return Receipt(unit, counts, self._name, time.monotonic() - started)
+            counts = await asyncio.to_thread(self._commit, unit, fingerprint, rows, outputs)
+        seconds, reading = time.monotonic() - started, self._engine.meter.read()
+        self._metrics.committed(counts, seconds, reading, self._engine.meter.in_flight)
+        return Receipt(unit, counts, self._name, seconds, reading)
 
     async def _do_suspect(
         self,
@@ -160,12 +172,14 @@ class Worker:
                 if piece in done:
                     counts.add(done[piece])
                     continue
+                piece_rows = rows[piece.start - unit.start : piece.stop - unit.start]
                 if piece.rows == 1 and crashed_alone(piece, crashes):
                     outputs = [Output(None, "failed", "engine_crash")]
                 else:
-                    piece_rows = rows[piece.start - unit.start : piece.stop - unit.start]
                     outputs = await self._run_rows(piece, piece_rows, alone=True)
-                counts.add(await asyncio.to_thread(self._commit, piece, fingerprint, outputs))
+                counts.add(
+                    await asyncio.to_thread(self._commit, piece, fingerprint, piece_rows, outputs)
+                )
         return counts
 
     async def _run_rows(
@@ -200,13 +214,26 @@ class Worker:
         except Exception as error:
             # A bug in a task kind is this row's trouble, not the job's.
             output = Output(None, "failed", f"task_error: {bug_of(error)}")
-        return output.with_usage(generate.usage)
+        return replace(
+            output,
+            usage=generate.usage,
+            cut=generate.cut,
+            reasoning_tokens=generate.reasoning_tokens,
+        )
 
-    def _commit(self, unit: Unit, fingerprint: str, outputs: Sequence[Output]) -> Counts:
+    def _commit(
+        self,
+        unit: Unit,
+        fingerprint: str,
+        rows: Sequence[Row | RowError],
+        outputs: Sequence[Output],
+    ) -> Counts:
         counts = Counts()
         results = _encodable(outputs)
         for output in results:
             counts.count(output)
+        with self._counting:
+            counts.account.texts = self._texts.count(self._columns(rows, results), unit.start)
         stamp = Stamp(
             identity=self._spec.identity,
             shard=unit.shard,
@@ -220,6 +247,19 @@ class Worker:
         table = result_table(results, column, self._task.output_type)
         commit_part(self._output, stamp, table)
         return counts
+
+    def _columns(
+        self, rows: Sequence[Row | RowError], outputs: Sequence[Output]
+    ) -> dict[str, list[Any]]:
+        """The texts to count, by column; each row of the input's once, where it gets a status."""
+        columns = {self._spec.job.output.column: [output.value for output in outputs]}
+        if not self._spec.is_retry:
+            given = [
+                {} if isinstance(row, RowError) or output.status == DEFERRED else row
+                for row, output in zip(rows, outputs, strict=True)
+            ]
+            columns |= {name: [row.get(name) for row in given] for name in self._task.columns}
+        return columns
 
 
 class Turns:
@@ -271,6 +311,17 @@ def _start_engine(spec: WorkerSpec) -> Engine:
         cause = root_cause(spec.log, log_size) or str(error.args[0])
         hint = error.hint or f"The log says more: {spec.log}"
         raise EngineError(f"the engine did not start: {cause}", hint) from error
+
+
+def _text_counter(accounting: AccountingConfig, engine: Engine) -> TextCounter:
+    model: CountTokens | None = engine.count_tokens if engine.counts_exactly else None
+    if accounting.tokenizer:
+        model = load_tokenizer(accounting.tokenizer, "accounting.tokenizer")
+    return TextCounter(
+        model,
+        load_baseline(accounting.baseline) if accounting.baseline else None,
+        accounting.sample,
+    )
 
 
 def _rows_of(table: pa.Table) -> list[Row | RowError]:
@@ -334,26 +385,3 @@ def _is_utf8(value: Any) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def encode_receipt(receipt: Receipt) -> str:
-    """A receipt as JSON, a few hundred bytes."""
-    unit = receipt.unit
-    return json.dumps({
-        "unit": [unit.shard, unit.start, unit.stop],
-        "counts": receipt.counts.to_json(),
-        "worker": receipt.worker,
-        "seconds": receipt.seconds,
-    })  # fmt: skip
-
-
-def decode_receipt(text: str) -> Receipt | None:
-    """The inverse of `encode_receipt`; None for a unit that was not begun. Raises the AxbatchError
-    that came in its place."""
-    if text == NOT_BEGUN:
-        return None
-    fields = json.loads(text)
-    if "error" in fields:
-        raise error_from_json(text)
-    counts = Counts.from_json(fields["counts"])
-    return Receipt(Unit(*fields["unit"]), counts, fields["worker"], fields["seconds"])

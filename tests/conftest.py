@@ -16,11 +16,12 @@ import s3fs
 from hypothesis import settings
 
 from jobs import load_task
+from pipeline.accounting import Usage
 from pipeline.config import JobConfig, ModelConfig, identity_fields, identity_hash
 from pipeline.model import DEMO_MODEL
 from pipeline.parts import Stamp, commit_part, result_table
 from pipeline.plan import Plan, make_plan
-from pipeline.records import Counts, Output, Unit, Usage
+from pipeline.records import Counts, Output, Unit
 from pipeline.storage import Folder
 
 settings.register_profile("axbatch", deadline=None, database=None, max_examples=50)

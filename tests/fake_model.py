@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.records import Completion, Message, Usage
+from pipeline.accounting import Usage
+from pipeline.records import Completion, Message
 from pipeline.tokens import RowText
 
 Answer = str | Message | tuple[str | None, str] | None

@@ -36,10 +36,11 @@ from pipeline.errors import EngineError
 from pipeline.lanes import first_lane
 from pipeline.lease import Watch
 from pipeline.parts import missing_ranges, parts_among
+from pipeline.receipt import decode_receipt
 from pipeline.records import Completion, Counts, Receipt, Unit
 from pipeline.source import encode_unit
 from pipeline.storage import Folder
-from pipeline.worker import Turns, Worker, WorkerSpec, decode_receipt
+from pipeline.worker import Turns, Worker, WorkerSpec
 from tests.conftest import make_job
 from tests.faults.without_ray import ONE
 
@@ -149,7 +150,9 @@ def test_only_the_rows_that_kill_engines_fail(
     output = Folder(str(tmp_path / "out"))
     watch = Watch(output, "run")
     job, share = make_job(tmp_path), ONE
-    spec = WorkerSpec(job, first_lane(job.model), "identity", "run", log, share, output, watch)
+    spec = WorkerSpec(
+        job, first_lane(job.model), "identity", "run", log, share, output, watch, is_retry=False
+    )
     texts = [f"poison {i}" if i in poison else f"text {i}" for i in range(256)]
     units = [Unit("in.parquet", start, start + 64) for start in range(0, 256, 64)]
     blocks = {

@@ -199,7 +199,7 @@ def test_committed_log_is_that_of_the_whole_training() -> None:
     from infra.demo_model.train import LOG, STEPS
 
     lines = [*csv.DictReader(LOG.open(encoding="utf-8"))]
-    assert int(lines[-1]["step"]) == STEPS
+    assert int(lines[-1]["step"]) >= STEPS
     assert float(lines[-1]["loss"]) < 0.2 < 6 < float(lines[0]["loss"])
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.accounting import Usage
 from pipeline.config import ModelConfig
 from pipeline.engine import Engine, start_engine
 from pipeline.engine.cores import omp_binding
@@ -16,7 +17,7 @@ from pipeline.engine.http import HttpEngine
 from pipeline.errors import EngineError, JobFileError, RowError, RowFailed, RowRejected
 from pipeline.generate import EngineGenerate
 from pipeline.model import DEMO_MODEL
-from pipeline.records import Completion, Usage
+from pipeline.records import Completion
 from pipeline.tokens import RowText
 from tests.openai_server import OpenAIServer, Reply, answer, error, serving
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jobs.translate import Translate
+from pipeline.accounting import Usage
 from pipeline.config import JobConfig, ModelConfig
 from pipeline.errors import ModelError, RowDeferred, RowRejected
 from pipeline.generate import EngineGenerate, texts_of
 from pipeline.lanes import first_lane, own_context, yarn_lane
 from pipeline.parts import overlay_key
-from pipeline.records import Counts, Output, Usage
+from pipeline.records import Counts, Output
 from pipeline.task import LongTextTask, room
 from pipeline.tokens import RowText
 from tests.fake_model import FakeModel

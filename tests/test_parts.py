@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.accounting import Usage
 from pipeline.errors import AxbatchError, RefusedError, StorageError
 from pipeline.merging import output_schema, publish
 from pipeline.parquet import open_parquet
@@ -30,7 +31,7 @@ from pipeline.parts import (
     result_fields,
     result_table,
 )
-from pipeline.records import Counts, Output, Unit, Usage
+from pipeline.records import Counts, Output, Unit
 from pipeline.storage import Folder
 
 SHARD = "news.parquet"

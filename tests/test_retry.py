@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.accounting import Usage
 from pipeline.config import JobConfig
 from pipeline.errors import RefusedError
 from pipeline.merging import publish, republish
 from pipeline.parts import Stamp, read_stamp, result_fields
 from pipeline.plan import Plan, Retry, plan_retry
-from pipeline.records import Counts, Output, Unit, Usage
+from pipeline.records import Counts, Output, Unit
 from pipeline.storage import Folder
 from tests.openai_server import Body, OpenAIServer, Reply, answer, error, serving, text_of
 from tests.runs import Job

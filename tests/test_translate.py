@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from jobs import load_task
 from jobs.translate import LANGUAGES, Translate
+from pipeline.accounting import Usage
 from pipeline.checks import REMINDERS, finished_text, text_of
 from pipeline.config import JobConfig, identity_fields, identity_hash
 from pipeline.errors import JobFileError, RowFailed, RowRejected
-from pipeline.records import Completion, Message, Output, Usage
+from pipeline.records import Completion, Message, Output
 from tests.fake_model import FakeModel, echo
 
 KEYS = {"kind": "translate", "text": "text", "source": "en", "target": "ko"}

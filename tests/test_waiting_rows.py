@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.accounting import Usage
 from pipeline.errors import TooManyNotOkError
 from pipeline.lanes import plan_deferred
 from pipeline.parts import not_ok_rows, overlay_key, part_path
 from pipeline.plan import Plan, find_deferred
 from pipeline.progress import Progress
-from pipeline.records import Counts, Output, Receipt, Unit, Usage
+from pipeline.records import Counts, Output, Receipt, Unit
 from pipeline.run import check_hope
 from pipeline.status import read_status
 from pipeline.storage import Folder

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from pipeline.config import ModelConfig
 from pipeline.errors import EngineError
+from pipeline.meter import Meter
 from pipeline.records import Completion
 
 
@@ -27,6 +28,12 @@ class Engine(Protocol):
 
     max_model_len: int
     """Tokens of prompt and answer together."""
+
+    meter: Meter
+    """Counts what it does."""
+
+    counts_exactly: bool
+    """Whether `count_tokens` is the model's own tokenizer."""
 
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` as part of a prompt, by the model's own tokenizer; an engine that

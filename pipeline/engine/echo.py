@@ -13,10 +13,12 @@ from typing import Any
 
 from pydantic import Field
 
+from pipeline.accounting import Usage
 from pipeline.config import ModelConfig, Section
 from pipeline.errors import RowRejected
 from pipeline.job_file import parse_section
-from pipeline.records import Completion, Usage
+from pipeline.meter import Meter
+from pipeline.records import Completion
 
 
 class EchoOptions(Section):
@@ -47,8 +49,10 @@ class EchoEngine:
     """Deterministic; rejects what is no chat body or too long."""
 
     control_tokens: Sequence[str] = ()
+    counts_exactly = True
 
     def __init__(self, model: ModelConfig) -> None:
+        self.meter = Meter()
         self._options = parse_section(
             EchoOptions, _own_options(model.engine), "job file", "model.engine."
         )
@@ -77,14 +81,17 @@ class EchoEngine:
             + options.seconds_per_prompt_token * prompt
             + options.seconds_per_completion_token * completion
         )
-        if seconds:
-            async with self._slots:
-                await asyncio.sleep(seconds)  # the cost model, not synchronisation
+        usage = Usage(1, prompt, 0, completion)
+        with self.meter.request():
+            if seconds:
+                async with self._slots:
+                    await asyncio.sleep(seconds)  # the cost model, not synchronisation
+        self.meter.count(usage)
         message = {"role": "assistant", "content": answer}
         return Completion(
             message,
             finish_reason,
-            Usage(1, prompt, 0, completion),
+            usage,
             {
                 "id": "chatcmpl-echo",
                 "object": "chat.completion",

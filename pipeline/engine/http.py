@@ -11,10 +11,12 @@ from typing import Any
 import openai
 from pydantic import Field
 
+from pipeline.accounting import Usage
 from pipeline.config import ModelConfig, Section
 from pipeline.errors import EngineError, RowFailed, RowRejected
 from pipeline.job_file import parse_section
-from pipeline.records import Completion, Usage
+from pipeline.meter import Meter
+from pipeline.records import Completion
 
 # The server is away, or refuses us: no row's fault, and true of all rows to come.
 GONE = (
@@ -50,8 +52,10 @@ class HttpEngine:
     """Asks a server. The key comes from the environment variable `model.api_key_env`."""
 
     control_tokens: Sequence[str] = ()
+    counts_exactly = False
 
     def __init__(self, model: ModelConfig) -> None:
+        self.meter = Meter()
         options = _options(model)
         served = check_server(model)
         self.max_num_seqs = options.max_num_seqs
@@ -79,9 +83,10 @@ class HttpEngine:
         extra = {key: value for key, value in body.items() if key not in known | {"model"}}
         try:
             async with self._slots:
-                answer = await self._client.chat.completions.create(
-                    model=self._model.id, extra_body=extra or None, **named
-                )
+                with self.meter.request():
+                    answer = await self._client.chat.completions.create(
+                        model=self._model.id, extra_body=extra or None, **named
+                    )
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             too_long = error.code == "context_length_exceeded" or "context length" in str(error)
             code = "too_long" if too_long else "bad_request"
@@ -98,18 +103,22 @@ class HttpEngine:
             raise RowFailed(f"engine_error: {type(error).__name__}") from None
         if not getattr(answer, "choices", None):
             raise RowFailed("engine_error: an answer without choices")
-        choice, usage = answer.choices[0], answer.usage
-        details = usage.prompt_tokens_details if usage else None
+        choice, told = answer.choices[0], answer.usage
+        details = told.prompt_tokens_details if told else None
+        answered = told.completion_tokens_details if told else None
+        usage = Usage(
+            1,
+            told.prompt_tokens if told else 0,
+            (details.cached_tokens or 0) if details else 0,
+            told.completion_tokens if told else 0,
+        )
+        self.meter.count(usage)
         return Completion(
             choice.message.model_dump(exclude_none=True),
             choice.finish_reason,
-            Usage(
-                1,
-                usage.prompt_tokens if usage else 0,
-                (details.cached_tokens or 0) if details else 0,
-                usage.completion_tokens if usage else 0,
-            ),
+            usage,
             answer.model_dump(mode="json"),
+            (answered.reasoning_tokens or 0) if answered else 0,
         )
 
 

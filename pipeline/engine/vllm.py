@@ -19,11 +19,13 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError
 from pydantic import ValidationError
 
+from pipeline.accounting import Usage
 from pipeline.config import ModelConfig
 from pipeline.engine import EngineGone
 from pipeline.engine.cores import claim_cores, omp_binding
 from pipeline.errors import EngineError, ModelError, RowFailed, RowRejected
-from pipeline.records import Completion, Usage
+from pipeline.meter import Meter
+from pipeline.records import Completion
 from pipeline.tokens import is_control_token
 
 DEFAULT_OPTIONS: dict[str, Any] = {
@@ -43,7 +45,10 @@ CPU_KV_CACHE_GIB = 1
 class VllmEngine:
     """One model on `tensor_parallel_size` x `pipeline_parallel_size` GPUs, or on CPU cores."""
 
+    counts_exactly = True
+
     def __init__(self, model: ModelConfig, cpus: int, max_silence_s: float = math.inf) -> None:
+        self.meter = Meter()
         _prepare_environment(model, cpus)
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -69,7 +74,6 @@ class VllmEngine:
         self._serving: Any = None
         self._starting = asyncio.Lock()
         self._max_silence_s = max_silence_s
-        self._in_flight = 0
         self._heard = time.monotonic()
         self._listen()
 
@@ -99,21 +103,31 @@ class VllmEngine:
             _refuse(response.error.message)
         usage, answer = response.usage, response.model_dump(mode="json")
         cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
+        details = usage.completion_tokens_details  # of reasoning models
         choice = answer["choices"][0]
         return Completion(
             {key: value for key, value in choice["message"].items() if value is not None},
             choice["finish_reason"],
             Usage(1, usage.prompt_tokens, cached or 0, usage.completion_tokens or 0),
             answer,
+            (details.reasoning_tokens or 0) if details else 0,
         )
 
     def _listen(self) -> None:
-        """Note when EngineCore sends something: each of its steps does."""
+        """Note when EngineCore sends something, as each of its steps does, and count its tokens:
+        here they are all seen, also those of requests that never end."""
         receive = self._llm.engine_core.get_output_async
 
         async def heard() -> Any:
             outputs = await receive()
             self._heard = time.monotonic()
+            for output in outputs.outputs:
+                prefill = output.prefill_stats
+                if prefill is None:
+                    self.meter.count_completion(len(output.new_token_ids))
+                else:
+                    prompt, cached = prefill.num_prompt_tokens, prefill.num_cached_tokens
+                    self.meter.count(Usage(1, prompt, cached, len(output.new_token_ids)))
             return outputs
 
         self._llm.engine_core.get_output_async = heard
@@ -121,19 +135,18 @@ class VllmEngine:
     async def _unless_silent(self, request: Coroutine[Any, Any, Any]) -> Any:
         """The answer. Raises EngineGone once EngineCore has sent nothing for so long, though it
         had requests: it hangs, and would for ever."""
-        if not self._in_flight:
+        if not self.meter.in_flight:
             self._heard = time.monotonic()
-        self._in_flight += 1
-        answer = asyncio.ensure_future(request)
-        try:
-            while (left := self._heard + self._max_silence_s - time.monotonic()) > 0:
-                await asyncio.wait([answer], timeout=left)
-                if answer.done():
-                    return answer.result()
-            raise EngineGone(f"it sent nothing for {self._max_silence_s:g} s")
-        finally:
-            answer.cancel()
-            self._in_flight -= 1
+        with self.meter.request():
+            answer = asyncio.ensure_future(request)
+            try:
+                while (left := self._heard + self._max_silence_s - time.monotonic()) > 0:
+                    await asyncio.wait([answer], timeout=left)
+                    if answer.done():
+                        return answer.result()
+                raise EngineGone(f"it sent nothing for {self._max_silence_s:g} s")
+            finally:
+                answer.cancel()
 
     def close(self) -> None:
         """End the engine's processes. A worker needn't: they end with it."""

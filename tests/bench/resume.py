@@ -19,10 +19,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipeline.accounting import Usage
 from pipeline.merging import publish
 from pipeline.parts import Stamp, result_fields
 from pipeline.plan import Plan
-from pipeline.records import Counts, Output, Unit, Usage
+from pipeline.records import Counts, Output, Unit
 from pipeline.storage import Folder
 from tests.conftest import commit_unit, make_job, make_plan_of, write_table
 from tests.runs import Job

@@ -8,18 +8,23 @@ A run is real in all else, is quick, and its storage calls are all made by one p
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import pipeline.cluster
+import pipeline.reporting
 import pipeline.worker
 from pipeline.cli import command
 from pipeline.config import JobConfig, ReplicaRange
 from pipeline.plan import Plan
+from pipeline.receipt import decode_receipt
 from pipeline.records import Receipt
 from pipeline.source import encode_unit, read_units
-from pipeline.worker import Resources, Worker, WorkerSpec, decode_receipt
+from pipeline.worker import Resources, Worker, WorkerSpec
 
+T = TypeVar("T")
 ONE = Resources(gpus=0, cpus=1, replicas=ReplicaRange(min=1, max=1))
 
 
@@ -42,7 +47,17 @@ def receipts_here(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[
                     yield receipt
 
 
+class InTurn(ThreadPoolExecutor):
+    """Does what is submitted at once: so the storage calls of a run have one order."""
+
+    def submit(self, function: Callable[..., T], /, *args: Any, **options: Any) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(function(*args, **options))
+        return future
+
+
 def leave_ray_out() -> None:
+    pipeline.reporting.ThreadPoolExecutor = InTurn
     pipeline.cluster.ray_cluster = no_cluster
     pipeline.cluster.receipts = receipts_here
     pipeline.cluster.replica_resources = lambda job, lane, units: ONE
