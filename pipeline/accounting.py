@@ -127,13 +127,14 @@ class TextCounts:
         ratio = tokens / sample.characters
         rest = square - 2 * ratio * product + ratio**2 * sample.cc
         scale = self.characters / sample.characters
-        return Interval.around(ratio * self.characters, scale * self._deviation(sample, rest))
+        every = tokens * self.characters / sample.characters  # exact where all was counted
+        return Interval.around(every, scale * self._deviation(sample, rest))
 
     def saving(self, script: Script | None = None) -> Interval | None:
         """Share of the baseline's tokens that the model's tokenizer needs not (below 0: needs
-        more); of one script or of all. None if nothing was counted."""
+        more); of one script or of all. None if either counted nothing."""
         sample = self.samples.get(script, Sample()) if script else self.sample
-        if not sample.baseline:
+        if not sample.model or not sample.baseline:
             return None
         ratio = sample.model / sample.baseline
         rest = sample.mm - 2 * ratio * sample.mb + ratio**2 * sample.bb

@@ -12,6 +12,7 @@ from pipeline.wording import percent
 MOSTLY = 0.9
 """Share of rows from which the others are the exception."""
 MANY_DUPLICATES = 0.1
+MANY_DECOMPOSED = 0.01
 ROWS_COMPARED = 64
 """From which a share of duplicates says something."""
 DOMINANT = 0.5
@@ -45,6 +46,12 @@ def _of_rows(estimate: Estimate) -> Iterator[str]:
         yield (
             f"at least {share} of the rows are repeated: put each into the input once, and join "
             "the results to the others"
+        )
+    if estimate.decomposed >= MANY_DECOMPOSED:
+        yield (
+            f"{percent(estimate.decomposed)} of the rows are not NFC (text from macOS, say): they "
+            "are sent as NFC here; elsewhere, a tokenizer that does not normalise may need ten "
+            "times the tokens for them"
         )
 
 

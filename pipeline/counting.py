@@ -66,6 +66,7 @@ def load_tokenizer(source: str, key: str = "model.id") -> CountTokens:
         raise JobFileError(f"{key}: {path} is no tokenizer: {reason}", WHAT_IT_IS) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # in a row they are text, see RowText
     # Unlike `encode` this lets go of the GIL: an event loop runs on beside a long text.
     return lambda text: len(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
 

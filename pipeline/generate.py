@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.accounting import Usage
+from pipeline.accounting import NOTHING_USED
 from pipeline.chunking import surely_fits
 from pipeline.engine import Engine
 from pipeline.errors import RowDeferred
@@ -35,8 +35,8 @@ class EngineGenerate:
         self._defers = defers and longest > 0
         self.clean = clean
         self.longest_model_len = longest
-        self.usage = Usage()
-        self.cut = Usage()
+        self.usage = NOTHING_USED
+        self.cut = NOTHING_USED
         """Of the usage, what went into answers that ended at the limit of tokens."""
         self.reasoning_tokens = 0
         self.count_tokens = engine.count_tokens

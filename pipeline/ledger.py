@@ -11,6 +11,7 @@ what it did after its last commit is not known.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -74,6 +75,7 @@ class WorkerLedger:
     first_s: float
     last_s: float
     """Its last receipt."""
+    gpus: int = 0
     reading: Reading = NOT_READ
     is_gone: bool = False
     """Its engine died, or another worker has taken its place."""
@@ -81,12 +83,13 @@ class WorkerLedger:
 
 @dataclass
 class Ledger:
-    """Thread-safe enough: the driver alone adds, others read sums."""
+    """Thread-safe: the display reads, and the report takes over the dead, while the driver adds."""
 
     run: str
     output: Folder
     replicas: int
     gpus_per_replica: int = 0
+    """Of the lane that is on."""
     clock: Callable[[], float] = time.monotonic
     workers: dict[str, WorkerLedger] = field(default_factory=dict)
     committed: Usage = NOTHING_USED
@@ -98,130 +101,169 @@ class Ledger:
         self.began = self.clock()
         self.started = datetime.now(UTC)
         self._bins = Bins()
+        self._read: set[str] = set()
+        """Files of dead workers that have been taken over."""
+        self._dead: set[str] = set()
+        self._lock = threading.RLock()
 
     def begin_lane(self, replicas: int, gpus_per_replica: int) -> None:
         """Its workers are others than those of the lane before: these end, and nobody takes their
         place."""
-        self.end_lane()
-        self.replicas, self.gpus_per_replica = replicas, gpus_per_replica
+        with self._lock:
+            self.end_lane()
+            self.replicas, self.gpus_per_replica = replicas, gpus_per_replica
 
     def add(self, receipt: Receipt) -> None:
-        now, worker = self.clock() - self.began, receipt.worker
-        known = self.workers.get(worker)
-        if known is None:
-            begun = max(0.0, now - receipt.engine.up_s)
-            known = self.workers[worker] = WorkerLedger(begun, now)
-            if len(self._alive()) > self.replicas:
-                self._replace(worker)
-        before = known.reading
-        usage = receipt.counts.usage
-        self.committed += usage
-        self.rows += receipt.counts.rows
-        since = max(0.0, now - receipt.seconds)
-        amounts = (receipt.counts.rows, usage.prompt_tokens, usage.completion_tokens)
-        for what, amount in zip(AMOUNTS, amounts, strict=True):
-            self._bins.add(f"{worker} {what}", since, now, amount)
-        if receipt.engine.up_s > before.up_s:
-            span = receipt.engine.up_s - before.up_s
-            busy = receipt.engine.busy_s - before.busy_s
+        with self._lock:
+            now, worker, reading = self._now(), receipt.worker, receipt.engine
+            known = self.workers.get(worker)
+            if known is None:
+                begun = max(0.0, now - reading.up_s)
+                known = self.workers[worker] = WorkerLedger(begun, now, self.gpus_per_replica)
+                if self._end_silent(worker):
+                    self._mark(known.first_s, "replaced", worker)
+            usage = receipt.counts.usage
+            self.committed += usage
+            self.rows += receipt.counts.rows
+            since = max(0.0, now - receipt.seconds)
+            amounts = (receipt.counts.rows, usage.prompt_tokens, usage.completion_tokens)
+            for what, amount in zip(AMOUNTS, amounts, strict=True):
+                self._bins.add(f"{worker} {what}", since, now, amount)
+            before = known.reading
+            if reading.up_s < before.up_s:
+                return  # receipts may overtake each other
+            span, busy = reading.up_s - before.up_s, reading.busy_s - before.busy_s
             self._bins.add(f"{worker} busy", max(0.0, now - span), now, busy)
-            known.reading = receipt.engine
-        known.last_s = now
+            known.reading, known.last_s = reading, now
+            if known.is_gone and worker not in self._dead:
+                # It was only slow; so the one that is gone is another.
+                known.is_gone = False
+                self._forget_silence(worker)
+                self._end_silent(worker)
 
     def end_lane(self) -> None:
         """Its workers have nothing left to do."""
-        now = self.clock() - self.began
-        for worker in self._alive():
-            known = self.workers[worker]
-            known.reading = _later(known.reading, now - known.last_s)
-            known.is_gone = True
+        with self._lock:
+            now = self._now()
+            for worker in self._alive():
+                known = self.workers[worker]
+                known.reading = _later(known.reading, now - known.last_s)
+                known.is_gone = True
 
     def read_the_dead(self) -> None:
         """Take over what workers left whose engines died. Raises StorageError."""
-        folder = f"{ENGINES}/{self.run}"
-        for entry in self.output.list(folder):
-            record = json.loads(self.output.read(entry.path))
-            worker, reading = record["worker"], Reading.from_json(record["engine"])
-            now = max(0.0, record["at"] - self.started.timestamp())
-            known = self.workers.setdefault(worker, WorkerLedger(now - reading.up_s, now))
-            if known.reading.up_s < reading.up_s:
-                known.reading, known.last_s, known.is_gone = reading, now, True
-                self.marks = [
-                    m for m in self.marks if m["replica"] != worker or m["what"] != SILENT
-                ]
-                self._mark(now, "engine died", worker)
+        for entry in self.output.list(f"{ENGINES}/{self.run}"):
+            if entry.path not in self._read:
+                record = json.loads(self.output.read(entry.path))
+                self._take_over(record["worker"], record["at"], Reading.from_json(record["engine"]))
+                self._read.add(entry.path)
+
+    def _take_over(self, worker: str, at: float, reading: Reading) -> None:
+        """`at` is by the clock of the worker's machine, which may be another one's than ours."""
+        with self._lock:
+            heard = self.workers[worker].last_s if worker in self.workers else 0.0
+            died = min(self._now(), max(heard, at - self.started.timestamp()))
+            begun = max(0.0, died - reading.up_s)
+            known = self.workers.setdefault(
+                worker, WorkerLedger(begun, died, self.gpus_per_replica)
+            )
+            # Its last, whatever has been supposed of it since.
+            known.reading, known.last_s, known.is_gone = reading, died, True
+            self._dead.add(worker)
+            self._forget_silence(worker)
+            self._mark(died, "engine died", worker)
 
     @property
     def engine(self) -> Usage:
-        """What all engines of the run did, by their own counters."""
-        total = NOTHING_USED
-        for worker in self.workers.values():
-            total += worker.reading.usage
-        return total
+        """What all engines of the run did, by their own counters; and no less than what is
+        committed, as a worker that is killed may not have told of all."""
+        with self._lock:
+            total = NOTHING_USED
+            for worker in self.workers.values():
+                total += worker.reading.usage
+            pairs = zip(asdict(total).values(), asdict(self.committed).values(), strict=True)
+            return Usage(*(max(did, kept) for did, kept in pairs))
 
     @property
     def lost(self) -> Usage:
-        """What they did for rows that are in no part of this run: it is done again. Not below 0,
-        though a killed worker may not have told of all."""
-        pairs = zip(asdict(self.engine).values(), asdict(self.committed).values(), strict=True)
-        return Usage(*(max(0, did - kept) for did, kept in pairs))
+        """What they did for rows that are in no part of this run: it is done again."""
+        with self._lock:
+            pairs = zip(asdict(self.engine).values(), asdict(self.committed).values(), strict=True)
+            return Usage(*(did - kept for did, kept in pairs))
 
     @property
     def gpu_s(self) -> float:
         """GPU-seconds that the replicas have taken so far."""
-        return self.gpus_per_replica * self.up_s
+        with self._lock:
+            return sum(worker.gpus * self._up_s_of(worker) for worker in self.workers.values())
 
     @property
     def up_s(self) -> float:
         """Seconds that all replicas together have been up, their starts included."""
-        now = self.clock() - self.began
-        up = sum(worker.reading.up_s for worker in self.workers.values())
-        return up + sum(now - self.workers[name].last_s for name in self._alive())
+        with self._lock:
+            return sum(map(self._up_s_of, self.workers.values()))
 
     @property
     def busy_share(self) -> float | None:
         """Share of that time in which their engines had work, as far as readings tell."""
-        up = sum(worker.reading.up_s for worker in self.workers.values())
-        busy = sum(worker.reading.busy_s for worker in self.workers.values())
-        return busy / up if up else None
+        with self._lock:
+            up = sum(worker.reading.up_s for worker in self.workers.values())
+            busy = sum(worker.reading.busy_s for worker in self.workers.values())
+            return busy / up if up else None
 
     def to_json(self) -> dict[str, Any]:
-        bins = self._bins
-        return {
-            "started": self.started.isoformat(timespec="seconds"),
-            "engine": asdict(self.engine),
-            "committed": asdict(self.committed),
-            "lost": asdict(self.lost),
-            "gpus_per_replica": self.gpus_per_replica,
-            "gpu_s": round(self.gpu_s, 1),
-            "up_s": round(self.up_s, 1),
-            "busy_share": self.busy_share,
-            "timeline": {
-                "bin_s": bins.bin_s,
-                "replicas": [
-                    {
-                        "name": name,
-                        "from_s": round(worker.first_s, 1),
-                        "to_s": round(worker.last_s, 1),
-                        **{what: bins.of(f"{name} {what}") for what in AMOUNTS},
-                        "busy": [min(1.0, busy / bins.bin_s) for busy in bins.of(f"{name} busy")],
-                    }
-                    for name, worker in self.workers.items()
-                ],
-                "marks": sorted(self.marks, key=lambda mark: mark["at_s"]),
-            },
-        }
+        with self._lock:
+            bins = self._bins
+            return {
+                "started": self.started.isoformat(timespec="seconds"),
+                "engine": asdict(self.engine),
+                "committed": asdict(self.committed),
+                "lost": asdict(self.lost),
+                "gpus_per_replica": self.gpus_per_replica,
+                "gpu_s": round(self.gpu_s, 1),
+                "up_s": round(self.up_s, 1),
+                "busy_share": self.busy_share,
+                "timeline": {
+                    "bin_s": bins.bin_s,
+                    "replicas": [
+                        {
+                            "name": name,
+                            "from_s": round(worker.first_s, 1),
+                            "to_s": round(worker.last_s, 1),
+                            **{what: bins.of(f"{name} {what}") for what in AMOUNTS},
+                            "busy": [
+                                min(1.0, busy / bins.bin_s) for busy in bins.of(f"{name} busy")
+                            ],
+                        }
+                        for name, worker in self.workers.items()
+                    ],
+                    "marks": sorted(self.marks, key=lambda mark: mark["at_s"]),
+                },
+            }
+
+    def _now(self) -> float:
+        return self.clock() - self.began
+
+    def _up_s_of(self, worker: WorkerLedger) -> float:
+        idle = 0.0 if worker.is_gone else self._now() - worker.last_s
+        return worker.reading.up_s + idle
 
     def _alive(self) -> list[str]:
         return [name for name, worker in self.workers.items() if not worker.is_gone]
 
-    def _replace(self, newcomer: str) -> None:
-        """There is one worker too many: the one that was last heard of longest ago is gone."""
-        others = [name for name in self._alive() if name != newcomer]
+    def _end_silent(self, heard: str) -> bool:
+        """If there is one worker too many, the one that was last heard of longest ago is gone, but
+        not `heard`. Whether there was."""
+        others = [name for name in self._alive() if name != heard]
+        if len(others) < self.replicas:
+            return False
         gone = min(others, key=lambda name: self.workers[name].last_s)
         self.workers[gone].is_gone = True
         self._mark(self.workers[gone].last_s, SILENT, gone)
-        self._mark(self.workers[newcomer].first_s, "replaced", newcomer)
+        return True
+
+    def _forget_silence(self, worker: str) -> None:
+        self.marks = [m for m in self.marks if (m["replica"], m["what"]) != (worker, SILENT)]
 
     def _mark(self, at_s: float, what: str, worker: str) -> None:
         self.marks.append({"at_s": round(at_s, 1), "what": what, "replica": worker})

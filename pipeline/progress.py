@@ -106,7 +106,8 @@ class Progress:
     def replicas_up(self) -> int:
         silence = max(REPLICA_SILENCE_S, 4 * self._longest_unit)
         now = time.monotonic()
-        return sum(now - seen < silence for seen in list(self._seen.values()))
+        heard = sum(now - seen < silence for seen in list(self._seen.values()))
+        return min(self.replicas, heard)
 
     def facts(self) -> Facts:
         """In the order shown. Rates and ETA are the lane's, the rest is of all

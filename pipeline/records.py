@@ -109,7 +109,8 @@ class Counts:
 
     def count(self, output: Output) -> None:
         self.usage += output.usage
-        self.account.cut += output.cut
+        if output.cut is not NOTHING_USED:
+            self.account.cut += output.cut
         self.account.reasoning_tokens += output.reasoning_tokens
         if output.status == DEFERRED:
             self.deferred += 1

@@ -131,8 +131,8 @@ def _time_line(duration: Duration) -> str:
     if duration.source == "measured":
         return f"{mid} ({low} to {high}) on {replicas}, at the last run's rate"
     return (
-        f"{low} to {high} on {replicas}, likely about {mid} (computed, not measured: from the "
-        "limit of physics to what good engines reach)"
+        f"{low} to {high} on {replicas}, likely about {mid}, without the engines' starts "
+        "(computed, not measured: from the limit of physics to what good engines reach)"
     )
 
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -36,11 +39,13 @@ from pipeline.accounting import (
 from pipeline.config import JobConfig
 from pipeline.errors import AxbatchError, Interrupted, StorageError
 from pipeline.estimate import estimate_job
+from pipeline.lease import Holder, read_holder
 from pipeline.ledger import RUNS, Ledger, State
 from pipeline.page import render_page
 from pipeline.parquet import input_errors, open_parquet
 from pipeline.plan import Plan, make_plan
 from pipeline.prices import money
+from pipeline.progress import Progress
 from pipeline.records import STATUSES, Counts
 from pipeline.status import Status, read_status
 from pipeline.storage import Folder
@@ -65,14 +70,24 @@ def write_report(job: JobConfig, task: Task, identity: str, output: Folder) -> d
 
 
 def store_report(report: dict[str, Any], output: Folder) -> None:
-    output.replace(f"{REPORT}.json", json.dumps(report, ensure_ascii=False).encode())
+    data = json.dumps(report, ensure_ascii=False)
+    # Half a character, of a file's name, has no UTF-8; the escape is JSON's own.
+    output.replace(f"{REPORT}.json", data.encode(errors="backslashreplace"))
     output.replace(f"{REPORT}.html", render_page(report).encode())
 
 
 def read_runs(output: Folder) -> list[dict[str, Any]]:
-    """The records of all runs, in the order of their starts."""
-    records = [entry.path for entry in output.list(RUNS) if entry.path.endswith(".json")]
-    return [json.loads(output.read(path)) for path in sorted(records)]
+    """The records of all runs, in the order of their starts. One that was killed can't have said
+    so: it is running only if it holds the output, and its process lives as far as can be seen."""
+    paths = [entry.path for entry in output.list(RUNS) if entry.path.endswith(".json")]
+    runs = [json.loads(output.read(path)) for path in sorted(paths)]
+    holder = read_holder(output)
+    if holder and holder.lives_beside(Holder.here("")) is False:
+        holder = None
+    for run in runs:
+        if run.get("state") == "running" and not (holder and holder.run == run["run"]):
+            run["state"] = "stopped"
+    return runs
 
 
 def read_expected(output: Folder) -> dict[str, Any] | None:
@@ -148,14 +163,14 @@ class Reporter:
     it ends, however it does. Does nothing unless it has been given a ledger."""
 
     def __init__(
-        self, job: JobConfig, task: Task, plan: Plan, output: Folder, counts: Counts
+        self, job: JobConfig, task: Task, plan: Plan, output: Folder, progress: Progress
     ) -> None:
-        """`counts` are of the rows that this run has committed so far."""
         self._job, self._task, self._plan, self._output = job, task, plan, output
-        self._counts = counts
+        self._progress = progress
         self._ledger: Ledger | None = None
         self._record: Callable[[State], dict[str, Any]] = lambda _: {}
         self._before: Status | None = None
+        self._runs_before: list[dict[str, Any]] = []
         self._expected: dict[str, Any] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="report")
         self._writing: Future[None] | None = None
@@ -165,19 +180,28 @@ class Reporter:
         return self
 
     def begin(self, ledger: Ledger, record: Callable[[State], dict[str, Any]]) -> None:
-        """`record` gives the run's record for a state: running, done, interrupted or stopped."""
+        """`record` gives the run's record for a state: running, done, interrupted or stopped. Only
+        this thread calls it, as what it tells of grows here."""
         self._ledger, self._record = ledger, record
         self._next = time.monotonic() + EVERY_S
-        self._writing = self._pool.submit(self._look)
+        self._writing = self._pool.submit(self._look, ledger.run, record("running"))
 
     def tick(self) -> None:
         """Called with each receipt."""
         if time.monotonic() < self._next or (self._writing and not self._writing.done()):
             return
-        if self._plan.is_retry:
-            return  # its rows are among those counted before
+        if self._plan.is_retry or self._ledger is None or self._before is None:
+            return  # rows of a retry are among those counted before
         self._next = time.monotonic() + EVERY_S
-        self._writing = self._pool.submit(self._write_live)
+        counts = Counts()
+        counts.add(self._before.counts)
+        counts.add(self._progress.counts)
+        if self._progress.lane:
+            # The second lane's are all that wait, those too that waited before this run.
+            counts.deferred = self._progress.counts.deferred
+        status = replace(self._before, counts=counts)
+        record = self._record("running")
+        self._writing = self._pool.submit(self._write_live, self._ledger, status, record)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
@@ -188,44 +212,46 @@ class Reporter:
         state: State = "done" if error is None else "stopped"
         if isinstance(error, Interrupted):
             state = "interrupted"
-        try:
+        with _never_mind("the report is not written"):
             self._ledger.read_the_dead()
             store_record(self._output, self._ledger.run, self._record(state))
             write_report(self._job, self._task, self._plan.identity, self._output)
-        except AxbatchError as trouble:
-            # What ended the run is what its user must see; and without it, rows are what counts.
-            print(f"axbatch: the report is not written: {trouble}", flush=True)
 
-    def _look(self) -> None:
-        """What a report needs beside this run's own figures. In a thread: it reads footers, and a
-        sample of the input."""
-        try:
-            run = self._ledger.run if self._ledger else None
-            self._before = read_status(self._plan, self._output, without=run)
+    def _look(self, run: str, record: dict[str, Any]) -> None:
+        """Leave a first record, and see what a report needs beside this run's own figures. In a
+        thread: it reads footers, and a sample of the input."""
+        with _never_mind("the report begins later"):
+            self._runs_before = read_runs(self._output)
+            store_record(self._output, run, record)
+            if self._plan.is_retry:
+                return
             self._expected = read_expected(self._output)
-            if self._expected is None and not self._plan.is_retry:
+            self._before = read_status(self._plan, self._output, without=run)
+            if self._expected is None:
                 estimate = estimate_job(self._job, self._task, self._plan, self._output)
                 self._expected = estimate.to_json()
                 self._output.replace(PLAN_FILE, json.dumps(self._expected, indent=1).encode())
-        except AxbatchError as trouble:
-            print(f"axbatch: the report begins later: {trouble}", flush=True)
 
-    def _write_live(self) -> None:
-        if self._ledger is None or self._before is None:
-            return
-        try:
-            self._ledger.read_the_dead()
-            record = self._record("running")
-            store_record(self._output, self._ledger.run, record)
-            counts = Counts()
-            counts.add(self._before.counts)
-            counts.add(self._counts)
-            status = replace(self._before, counts=counts)
-            runs = read_runs(self._output)
+    def _write_live(self, ledger: Ledger, status: Status, record: dict[str, Any]) -> None:
+        """In a thread too: so all that grows meanwhile has been copied for it."""
+        with _never_mind("the report is not written"):
+            ledger.read_the_dead()
+            store_record(self._output, ledger.run, record)
+            runs = [*self._runs_before, record]
             job, task, output = self._job, self._task, self._output
             store_report(make_report(job, status, runs, self._expected, output, task), output)
-        except AxbatchError as trouble:
-            print(f"axbatch: the report is not written: {trouble}", flush=True)
+
+
+@contextmanager
+def _never_mind(what: str) -> Iterator[None]:
+    """Say in the log what went wrong, be it a bug: what ended the run is what its user must see,
+    and without a report, rows are what counts."""
+    try:
+        yield
+    except AxbatchError as trouble:
+        print(f"axbatch: {what}: {trouble}", file=sys.stderr, flush=True)
+    except Exception:
+        print(f"axbatch: {what}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
 
 
 def store_record(output: Folder, run: str, record: Mapping[str, Any]) -> None:
@@ -389,7 +415,7 @@ def _samples(job: JobConfig, task: Task, plan: Plan, output: Folder) -> Iterator
     """The first rows of each published file in turn, as many as `report.samples` says."""
     wanted = job.report.samples
     published = [planned.shard.name for planned in plan.shards if planned.published]
-    names = [*task.columns, job.output.column]
+    names = [*dict.fromkeys([*task.columns, job.output.column])]
     each = -(-wanted // max(1, len(published)))
     for name in published:
         if wanted <= 0:

@@ -164,7 +164,7 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
         costs = partial(running_costs, job.accounting, ledger)
         progress = Progress(plan, job.cluster.range.max, costs)
         with (
-            Reporter(job, task, plan, output, progress.counts) as reporter,
+            Reporter(job, task, plan, output, progress) as reporter,
             Publisher(plan, output, task, job.output.column, run) as publisher,
         ):
             if plan.unpublished:

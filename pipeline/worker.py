@@ -367,7 +367,9 @@ def bug_of(error: Exception) -> str:
 def _encodable(outputs: Sequence[Output]) -> list[Output]:
     """Outputs whose text Parquet can hold: a lone surrogate has no UTF-8."""
     return [
-        output if _is_utf8(output.value) else Output(None, "failed", "invalid_utf8", output.usage)
+        output
+        if _is_utf8(output.value)
+        else replace(output, value=None, status="failed", reason="invalid_utf8")
         for output in outputs
     ]
 

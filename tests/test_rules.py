@@ -105,6 +105,7 @@ NOT_FOR_JOBS = re.compile(
 CATCH_ALL = {
     "pipeline/cli.py:main",  # a bug: traceback and exit 1
     "pipeline/worker.py:_run_row",  # a bug in a task kind: that row's status
+    "pipeline/reporting.py:_never_mind",  # a report that fails must not fail a run: the log
     "pipeline/sketch.py:_row",  # the same, where a plan tries a row
     "pipeline/tools.py:_outcome",  # a user's function may raise anything: the model is told
 }

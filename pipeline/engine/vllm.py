@@ -253,6 +253,14 @@ def _serve_args(model: ModelConfig, where: str = "model.engine") -> Any:
         # One replica's GPUs are one node's; vLLM must not build a Ray cluster inside ours.
         options.setdefault("distributed_executor_backend", "mp")
     parser = make_arg_parser(Parser())
+    # Of some options that are off unless named there is no `--no-` form.
+    named = {
+        f"--{name.replace('_', '-')}": name for name, value in options.items() if value is False
+    }
+    known = parser._option_string_actions
+    for flag, name in named.items():
+        if flag in known and f"--no-{flag[2:]}" not in known:
+            del options[name]
     return parser.parse_args(_command_line(options))
 
 
