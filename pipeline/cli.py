@@ -73,9 +73,9 @@ def _validate(options: argparse.Namespace, console: Console) -> int:
 
 
 def _plan_command(options: argparse.Namespace, console: Console) -> int:
-    from pipeline.advice import advise
-    from pipeline.estimate import estimate_job
-    from pipeline.report import show_plan
+    from pipeline.forecast.advice import advise
+    from pipeline.forecast.estimate import estimate_job
+    from pipeline.report.tables import show_plan
     from pipeline.storage import Folder
 
     job, task = _load(options)
@@ -88,7 +88,7 @@ def _plan_command(options: argparse.Namespace, console: Console) -> int:
 
 
 def _run(options: argparse.Namespace, console: Console, retry: Retry | None = None) -> int:
-    from pipeline.report import show_examples, show_summary
+    from pipeline.report.tables import show_examples, show_summary
     from pipeline.run import run_job
     from pipeline.storage import Folder
 
@@ -113,7 +113,7 @@ def _retry(options: argparse.Namespace, console: Console) -> int:
 
 
 def _status(options: argparse.Namespace, console: Console) -> int:
-    from pipeline.report import show_status
+    from pipeline.report.tables import show_status
     from pipeline.status import read_status
     from pipeline.storage import Folder
 
@@ -124,7 +124,7 @@ def _status(options: argparse.Namespace, console: Console) -> int:
 
 
 def _report(options: argparse.Namespace, console: Console) -> int:
-    from pipeline.reporting import REPORT, write_report
+    from pipeline.report.reporter import REPORT, write_report
     from pipeline.storage import Folder
 
     job, task = _load(options)

@@ -330,13 +330,13 @@ class Prices(Section):
     currency: str = "USD"
     """As it is to be shown; nothing is converted."""
 
-    gpu_hour: float | None = Field(None, ge=0)
+    gpu_hour: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Of one GPU."""
 
-    input: float | None = Field(None, ge=0)
+    input: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Of a million prompt tokens; with `output`, in the place of `gpu_hour`."""
 
-    output: float | None = Field(None, ge=0)
+    output: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Of a million completion tokens."""
 
     @model_validator(mode="after")
@@ -361,21 +361,21 @@ class ComparedPrices(Section):
     date: str | None = None
     """When these prices were seen."""
 
-    input: float = Field(ge=0)
+    input: float = Field(ge=0, allow_inf_nan=False)
     """Of a million prompt tokens."""
 
-    output: float = Field(ge=0)
+    output: float = Field(ge=0, allow_inf_nan=False)
     """Of a million completion tokens."""
 
 
 class AccountingConfig(Section):
     """What is counted beside the engine's own tokens, and what it costs. Changes no output."""
 
-    baseline: str | None = "o200k_base"
+    baseline: str | None = Field("o200k_base", min_length=1)
     """The tokenizer to compare with: o200k_base (GPT-4o), cl100k_base (GPT-4), or a folder with a
     tokenizer.json; null: none."""
 
-    tokenizer: str | None = None
+    tokenizer: str | None = Field(None, min_length=1)
     """The model's tokenizer, where the engine does not show it (backend http and echo): a folder
     with a tokenizer.json, or a hub id."""
 

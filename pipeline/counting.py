@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,9 @@ def load_baseline(name: str) -> CountTokens:
 
         encode = get_encoding(name).encode_ordinary
         return lambda text: len(encode(text))
+    near = get_close_matches(name, BASELINES, 1)
+    if near and not Path(name).exists():
+        raise JobFileError(f"accounting.baseline: {name}: unknown", f"Did you mean `{near[0]}`?")
     return load_tokenizer(name, "accounting.baseline")
 
 

@@ -57,7 +57,7 @@ def publish(
     """Merge a complete shard's input and the parts of `key`, with those of `overlay` on top, into
     its output file, then drop the parts.
 
-    `stamp` covers the whole shard; its counts are ignored and computed here, from the rows.
+    `stamp` covers the whole shard; counts are computed here, from the rows, on top of its account.
     `check_unchanged` raises RefusedError if the input is not what the parts were made from.
     Memory: about one row group, whatever the size of the shard.
 

@@ -37,7 +37,7 @@ from pipeline.publishing import Publisher
 from pipeline.ray_settings import apply_ray_settings, cluster_address
 from pipeline.reaper import wait_for_guards
 from pipeline.records import Counts
-from pipeline.reporting import Reporter
+from pipeline.report.reporter import Reporter
 from pipeline.shards import find_shards
 from pipeline.signals import draining_first
 from pipeline.storage import RACERS, Folder

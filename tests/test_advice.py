@@ -9,10 +9,11 @@ import pytest
 
 from jobs import load_task
 from pipeline.accounting import Interval
-from pipeline.advice import advise
-from pipeline.capacity import GPUS, ModelShape, fit_of, smallest_tensor_parallel
 from pipeline.config import JobConfig
-from pipeline.estimate import Estimate, LaneWork, Room, TokenEstimate, estimate_job
+from pipeline.forecast.advice import advise
+from pipeline.forecast.capacity import GPUS, ModelShape, fit_of, smallest_tensor_parallel
+from pipeline.forecast.estimate import estimate_job
+from pipeline.forecast.figures import Estimate, LaneWork, Room, TokenEstimate
 from pipeline.lanes import Lane
 from pipeline.plan import Plan
 from pipeline.storage import Folder

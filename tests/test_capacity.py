@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.capacity import (
+from pipeline.config import ModelConfig
+from pipeline.errors import ModelError
+from pipeline.forecast.capacity import (
     GPUS,
     MAX_NUM_SEQS,
     Fit,
@@ -20,8 +22,6 @@ from pipeline.capacity import (
     floor,
     smallest_tensor_parallel,
 )
-from pipeline.config import ModelConfig
-from pipeline.errors import ModelError
 from pipeline.model import DEMO_MODEL
 
 AX31 = Path(__file__).parents[2] / "shared" / "data" / "ax31"

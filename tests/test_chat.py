@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from infra.make_chat_data import DATA_FILE, make_table
 from jobs import load_task
 from jobs.chat import Chat
-from pipeline import report
 from pipeline.config import JobConfig, identity_fields, identity_hash
 from pipeline.conversations import MESSAGE_TYPE, check_messages, decode_json, without_nulls
 from pipeline.errors import JobFileError, RowFailed, RowRejected
 from pipeline.parts import result_table
 from pipeline.records import Message
+from pipeline.report import tables
 from pipeline.tokens import ZERO_WIDTH_SPACE, RowText
 from tests.fake_model import FakeModel
 from tests.runs import Job
@@ -318,9 +318,9 @@ async def test_trouble_of_the_engine_passes_through(error: Exception) -> None:
 def test_answers_are_shown_without_what_they_lack() -> None:
     answer = {"role": "assistant", "content": "1,000원입니다.", "tool_calls": None}
     shown = pa.scalar(answer, MESSAGE_TYPE)
-    assert report._shown(shown) == "role: assistant\ncontent: 1,000원입니다."
-    assert report._shown(pa.scalar(None, MESSAGE_TYPE)) == "None"
-    assert report._shown(pa.scalar("x" * 601)) == "x" * 600 + "…"
+    assert tables._shown(shown) == "role: assistant\ncontent: 1,000원입니다."
+    assert tables._shown(pa.scalar(None, MESSAGE_TYPE)) == "None"
+    assert tables._shown(pa.scalar("x" * 601)) == "x" * 600 + "…"
 
 
 def test_the_sample_is_what_its_code_makes() -> None:

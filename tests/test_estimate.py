@@ -20,11 +20,9 @@ from pipeline.chunking import split
 from pipeline.cli import main
 from pipeline.config import JobConfig
 from pipeline.errors import RowRejected
-from pipeline.estimate import Estimate, estimate_job
-from pipeline.model import DEMO_MODEL
-from pipeline.plan import Plan
-from pipeline.records import Output
-from pipeline.sampling import (
+from pipeline.forecast.estimate import estimate_job
+from pipeline.forecast.figures import Estimate
+from pipeline.forecast.sampling import (
     DEPTH_BYTES,
     LEAST_PLACES,
     PLACES,
@@ -34,7 +32,10 @@ from pipeline.sampling import (
     all_spans,
     take_sample,
 )
-from pipeline.sketch import load_tokens
+from pipeline.forecast.sketch import load_tokens
+from pipeline.model import DEMO_MODEL
+from pipeline.plan import Plan
+from pipeline.records import Output
 from pipeline.storage import Folder
 from pipeline.task import ExpectedAnswer, Task
 
@@ -161,7 +162,7 @@ def test_a_large_row_group_is_read_at_its_head_alone(
     tmp_path: Path, job: MakeJob, plan: MakePlan, write_parquet: Write, reads: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pipeline.sampling.DEPTH_BYTES", 2 * MB)
+    monkeypatch.setattr("pipeline.forecast.sampling.DEPTH_BYTES", 2 * MB)
     texts = [f"{n} " + os.urandom(256).hex() for n in range(100_000)]
     path = write_parquet(
         tmp_path / "in/a.parquet", {"text": texts}, row_group_size=10**6, compression="none",

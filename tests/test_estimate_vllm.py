@@ -15,10 +15,10 @@ import pytest
 
 from infra.demo_model.grammar import Sentence, sentences
 from jobs import load_task
-from pipeline import sampling
 from pipeline.accounting import NOTHING_USED, Interval, Usage
 from pipeline.errors import RowError
-from pipeline.estimate import estimate_job
+from pipeline.forecast import sampling
+from pipeline.forecast.estimate import estimate_job
 from pipeline.generate import EngineGenerate
 from pipeline.storage import Folder
 from pipeline.tokens import RowText

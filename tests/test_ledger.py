@@ -19,8 +19,8 @@ from pipeline.accounting import NOTHING_USED, Usage
 from pipeline.ledger import AMOUNTS, BINS, ENGINES, Bins, Ledger, leave_reading
 from pipeline.meter import Meter, Reading
 from pipeline.records import Counts, Output, Receipt, Unit
+from pipeline.report.timeline import Timeline
 from pipeline.storage import Folder
-from pipeline.timeline import Timeline
 
 USED = Usage(1, 10, 2, 5)
 """Of a row."""

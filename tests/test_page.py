@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline import wording
-from pipeline.page import render_page, summary, typical_length
-from pipeline.timeline import Timeline
+from pipeline.report.page import render_page, summary, typical_length
+from pipeline.report.timeline import Timeline
 
 HOSTILE = (
     "</title><script>alert(1)</script><img src=http://x.example/a onerror='x'>\"&\x00\x1b\ud800"

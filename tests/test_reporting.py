@@ -21,7 +21,7 @@ from rich.console import Console
 
 import pipeline.cluster
 import pipeline.publishing
-import pipeline.reporting
+import pipeline.report.reporter
 import pipeline.run
 import pipeline.worker
 from jobs import load_task
@@ -33,7 +33,7 @@ from pipeline.errors import ClusterError, Interrupted, RowFailed, StorageError
 from pipeline.lease import LEASE
 from pipeline.plan import Plan, Retry
 from pipeline.records import Output, Receipt
-from pipeline.reporting import PLAN_FILE, make_report, read_runs, write_report
+from pipeline.report.reporter import PLAN_FILE, make_report, read_runs, write_report
 from pipeline.run import Summary, run_job
 from pipeline.status import Status, read_status
 from pipeline.storage import Folder
@@ -50,13 +50,13 @@ TWO_LANES = {
 
 KILL = """
 import os, sys
-import pipeline.reporting
+import pipeline.report.reporter
 from pipeline.cli import main
 from pipeline.publishing import Publisher
 from tests.faults.without_ray import leave_ray_out
 
 leave_ray_out()
-pipeline.reporting.EVERY_S = float(sys.argv[2])
+pipeline.report.reporter.EVERY_S = float(sys.argv[2])
 received, left = Publisher.received, [int(sys.argv[3])]
 
 def kill(self, receipt):
@@ -147,7 +147,7 @@ def usage_of(rows: list[dict[str, Any]]) -> Usage:
 
 
 def in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pipeline.reporting, pipeline.publishing):
+    for module in (pipeline.report.reporter, pipeline.publishing):
         monkeypatch.setattr(module, "ThreadPoolExecutor", InTurn)
 
 
@@ -301,7 +301,7 @@ def test_retry_leaves_exact_totals_and_what_the_first_attempt_wasted(
         job.run()
     first = job.report
     wasted = usage_of([row for row in job.rows() if row["_status"] == "failed"])
-    monkeypatch.setattr(pipeline.reporting, "EVERY_S", 0.0)  # and no live report of a retry
+    monkeypatch.setattr(pipeline.report.reporter, "EVERY_S", 0.0)  # and no live report of a retry
     live = captured(monkeypatch, job)
     job.run(Retry("failed", None))
     assert [report["state"] for report, _ in live] == ["done"]
@@ -319,13 +319,13 @@ def test_retry_leaves_exact_totals_and_what_the_first_attempt_wasted(
 def captured(monkeypatch: pytest.MonkeyPatch, job: Job) -> list[tuple[dict[str, Any], Status]]:
     """Each report that is stored, and what storage alone says at that moment."""
     reports: list[tuple[dict[str, Any], Status]] = []
-    store = pipeline.reporting.store_report
+    store = pipeline.report.reporter.store_report
 
     def capture(report: dict[str, Any], output: Folder) -> None:
         reports.append((report, job.status()))
         store(report, output)
 
-    monkeypatch.setattr(pipeline.reporting, "store_report", capture)
+    monkeypatch.setattr(pipeline.report.reporter, "store_report", capture)
     return reports
 
 
@@ -356,7 +356,7 @@ def test_live_report_has_each_committed_row_once(
     if stopped:
         with pytest.raises(Interrupted):
             job.run()
-    monkeypatch.setattr(pipeline.reporting, "EVERY_S", 0.0)
+    monkeypatch.setattr(pipeline.report.reporter, "EVERY_S", 0.0)
     before = total
     live = captured(monkeypatch, job)
     job.run()
@@ -402,7 +402,7 @@ def test_reports_in_their_own_thread_meet_no_count_that_grows(
     job = Job(tmp_path)
     for name in "abcd":
         job.write(f"{name}.parquet", [f"{name} {'word ' * n}" if n else None for n in range(90)])
-    monkeypatch.setattr(pipeline.reporting, "EVERY_S", 0.0)
+    monkeypatch.setattr(pipeline.report.reporter, "EVERY_S", 0.0)
     made: list[str] = []
 
     def counted(*arguments: Any) -> dict[str, Any]:
@@ -410,7 +410,7 @@ def test_reports_in_their_own_thread_meet_no_count_that_grows(
         made.append(report["state"])
         return report
 
-    monkeypatch.setattr(pipeline.reporting, "make_report", counted)
+    monkeypatch.setattr(pipeline.report.reporter, "make_report", counted)
     job.run()
     assert "the report" not in capsys.readouterr().err
     assert "running" in made
@@ -434,7 +434,7 @@ def test_row_text_is_in_the_report_only_where_samples_are_asked_for(
             [f"text quoxel-{name}{n}-end {'word ' * (n % 5)}" if n else None for n in range(30)],
         )
     fail_on(monkeypatch, lambda text: "5-end" in text)
-    monkeypatch.setattr(pipeline.reporting, "EVERY_S", 0.0)
+    monkeypatch.setattr(pipeline.report.reporter, "EVERY_S", 0.0)
     in_one_thread(monkeypatch)
     stop_after(monkeypatch, 12, Interrupted())
     with pytest.raises(Interrupted):
@@ -487,7 +487,7 @@ def test_trouble_with_the_report_is_told_and_changes_no_run(
         replace_file(self, path, data)
 
     monkeypatch.setattr(Folder, "replace", refuse)
-    monkeypatch.setattr(pipeline.reporting, "EVERY_S", 0.0)
+    monkeypatch.setattr(pipeline.report.reporter, "EVERY_S", 0.0)
     summary = job.run()
     assert (summary.exit_code, summary.state, summary.counts.rows) == (0, "done", 31)
     said = capsys.readouterr()
@@ -504,7 +504,7 @@ def test_trouble_with_the_report_does_not_hide_what_ended_the_run(
     def bug(report: dict[str, Any]) -> str:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(pipeline.reporting, "render_page", bug)
+    monkeypatch.setattr(pipeline.report.reporter, "render_page", bug)
     stop_after(monkeypatch, 2, Interrupted())
     with pytest.raises(Interrupted) as ended:
         job.run()
@@ -533,9 +533,9 @@ def test_model_without_a_tokenizer_has_no_plan(
     monkeypatch.setattr(pipeline.worker, "_start_engine", lambda spec: EchoEngine(echo))
 
     def unknown(*_: Any) -> Any:
-        raise pipeline.estimate.ModelError("nobody knows its tokenizer")
+        raise pipeline.forecast.estimate.ModelError("nobody knows its tokenizer")
 
-    monkeypatch.setattr(pipeline.estimate, "load_tokens", unknown)
+    monkeypatch.setattr(pipeline.forecast.estimate, "load_tokens", unknown)
     job.run()
     job.check(job.report)
     assert job.read("plan.json")["prompt"] is None
@@ -559,7 +559,7 @@ def test_names_with_html_in_them_are_text(tmp_path: Path, monkeypatch: pytest.Mo
 def test_half_a_character_in_a_report_is_no_trouble(job: Job) -> None:
     job.run()
     report = {**job.report, "name": "caf\udce9"}  # as Python reads a file's name in Latin-1
-    pipeline.reporting.store_report(report, job.output)
+    pipeline.report.reporter.store_report(report, job.output)
     assert job.report == report
     assert "caf\ufffd" in job.text("report.html")
 

@@ -29,7 +29,7 @@ LAYERS = [
     {"pipeline.errors", "pipeline.accounting", "pipeline.meter", "pipeline.wording"},
     {"pipeline.records"},
     {"pipeline.config"},
-    {"pipeline.job_file", "pipeline.counting", "pipeline.prices", "pipeline.capacity"},
+    {"pipeline.job_file", "pipeline.counting", "pipeline.prices"},
     {
         "pipeline.ray_settings",
         "pipeline.signals",
@@ -47,7 +47,6 @@ LAYERS = [
         "pipeline.s3",
         "pipeline.parquet",
         "pipeline.receipt",
-        "pipeline.plots",
     },
     {
         "pipeline.parts",
@@ -60,24 +59,15 @@ LAYERS = [
         "pipeline.lease",
         "pipeline.ledger",
         "pipeline.metrics",
-        "pipeline.timeline",
-        "pipeline.comparisons",
     },
     {"pipeline.shards", "pipeline.model", "pipeline.engine", "jobs"},
     {"pipeline.plan", "pipeline.generate"},
-    {"pipeline.lanes", "pipeline.sampling"},
-    {"pipeline.sketch"},
-    {
-        "pipeline.worker",
-        "pipeline.source",
-        "pipeline.publishing",
-        "pipeline.progress",
-    },
-    {"pipeline.cluster", "pipeline.status", "pipeline.page", "pipeline.estimate"},
-    {"pipeline.reporting"},
-    {"pipeline.run"},
-    {"pipeline.verify", "pipeline.advice", "pipeline.submit"},
+    {"pipeline.lanes"},
+    {"pipeline.worker", "pipeline.source", "pipeline.publishing", "pipeline.progress"},
+    {"pipeline.cluster", "pipeline.status", "pipeline.forecast"},
     {"pipeline.report"},
+    {"pipeline.run"},
+    {"pipeline.report.tables", "pipeline.verify", "pipeline.submit"},
     {"pipeline.cli"},
 ]
 """From the ground up: a module imports from its own layer and from those before it."""
@@ -105,8 +95,8 @@ NOT_FOR_JOBS = re.compile(
 CATCH_ALL = {
     "pipeline/cli.py:main",  # a bug: traceback and exit 1
     "pipeline/worker.py:_run_row",  # a bug in a task kind: that row's status
-    "pipeline/reporting.py:_never_mind",  # a report that fails must not fail a run: the log
-    "pipeline/sketch.py:_row",  # the same, where a plan tries a row
+    "pipeline/report/reporter.py:_never_mind",  # a report that fails must not fail a run: the log
+    "pipeline/forecast/sketch.py:_row",  # the same, where a plan tries a row
     "pipeline/tools.py:_outcome",  # a user's function may raise anything: the model is told
 }
 """Where `except Exception` neither raises nor passes its error on."""

@@ -183,6 +183,7 @@ class _TokenCounter:
         own = type(backend).from_str(backend.to_str())
         own.no_truncation()
         own.no_padding()
+        own.encode_special_tokens = True  # a row's text is text, whatever it says
         # Unlike `encode` this lets go of the GIL: the event loop runs on beside a long text.
         self._count = lambda text: len(own.encode_batch_fast([text], add_special_tokens=False)[0])
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pipeline.cluster
-import pipeline.reporting
+import pipeline.report.reporter
 import pipeline.worker
 from pipeline.cli import command
 from pipeline.config import JobConfig, ReplicaRange
@@ -57,7 +57,7 @@ class InTurn(ThreadPoolExecutor):
 
 
 def leave_ray_out() -> None:
-    pipeline.reporting.ThreadPoolExecutor = InTurn
+    pipeline.report.reporter.ThreadPoolExecutor = InTurn
     pipeline.cluster.ray_cluster = no_cluster
     pipeline.cluster.receipts = receipts_here
     pipeline.cluster.replica_resources = lambda job, lane, units: ONE

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from pipeline import plots, wording
-from pipeline.plots import Scale
+from pipeline import wording
+from pipeline.report import plots
+from pipeline.report.plots import Scale
 from pipeline.wording import count, money, percent, span
 
 

@@ -30,12 +30,12 @@ from pipeline.errors import (
     RowFailed,
     RowRejected,
 )
+from pipeline.forecast.sampling import RowSample
 from pipeline.generate import MESSAGE_TOKENS, EngineGenerate, texts_of
 from pipeline.lanes import Lane
 from pipeline.meter import Meter
 from pipeline.model import read_config, resolve_model
 from pipeline.records import Completion, Row, counted_as
-from pipeline.sampling import RowSample
 from pipeline.task import TEMPLATE_TOKENS, ExpectedAnswer, LongTextTask, Task
 from pipeline.tokens import RowText, is_control_token
 

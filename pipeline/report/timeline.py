@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from pipeline.plots import PLOT_HEIGHT, Scale, Tick, element, frame, share_of
+from pipeline.report.plots import PLOT_HEIGHT, Scale, Tick, element, frame, share_of
 from pipeline.wording import DAY_S, HOUR_S, MINUTE_S, count, percent, rate, span
 
 MOST_REPLICAS = 32

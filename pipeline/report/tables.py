@@ -14,11 +14,12 @@ from rich.table import Table
 from pipeline.accounting import Interval
 from pipeline.conversations import without_nulls
 from pipeline.errors import EXIT_TOO_MANY_NOT_OK
-from pipeline.estimate import Duration, Estimate, Room, TokenEstimate
+from pipeline.forecast.figures import Duration, Estimate, Room, TokenEstimate
 from pipeline.lanes import LaneUse
 from pipeline.parquet import open_parquet
 from pipeline.plan import Plan
 from pipeline.records import STATUSES, Counts
+from pipeline.report.reporter import REPORT
 from pipeline.run import Summary
 from pipeline.status import Status
 from pipeline.storage import Folder
@@ -176,6 +177,7 @@ def show_summary(summary: Summary, console: Console) -> None:
         limit = f"limits.max_failed_fraction is {100 * summary.max_failed_fraction:g}%"
         table.add_row("[red]over the limit[/]", f"{share:.1f}% of the rows are not ok; {limit}")
     if summary.log:
+        table.add_row("report", escape(f"{summary.output}/{REPORT}.html"))
         table.add_row("log", escape(summary.log))
     console.print(table)
 

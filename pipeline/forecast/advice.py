@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pipeline.config import JobConfig
 from pipeline.engine.vllm import DEFAULT_OPTIONS
-from pipeline.estimate import Estimate, LaneWork, Room, TokenEstimate
+from pipeline.forecast.figures import Estimate, LaneWork, Room, TokenEstimate
 from pipeline.wording import percent
 
 MOSTLY = 0.9

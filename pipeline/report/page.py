@@ -12,8 +12,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline import comparisons, plots, wording
-from pipeline.timeline import Timeline
+from pipeline import wording
+from pipeline.report import comparisons, plots
+from pipeline.report.timeline import Timeline
 from pipeline.wording import count, money, percent, span
 
 MOST_TIMELINES = 4
@@ -25,7 +26,7 @@ NOT_IN_XML = re.compile(r"[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010fff
 
 def render_page(report: Mapping[str, Any]) -> str:
     """The page. The same report gives the same page."""
-    page = _ENVIRONMENT.get_template("report.html.jinja").render(
+    page = _ENVIRONMENT.get_template("page.html.jinja").render(
         report, summary=summary(report), saving=overall_saving(report["texts"])
     )
     return NOT_IN_XML.sub("\ufffd", page)
