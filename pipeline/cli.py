@@ -129,7 +129,7 @@ def _report(options: argparse.Namespace, console: Console) -> int:
 
     job, task = _load(options)
     output = Folder(job.output.path)
-    report = write_report(job, task, _plan(job, task).identity, output)
+    report = write_report(job, task, _identity(job, task), output)
 
     def show() -> None:
         for form in ("html", "json"):
@@ -184,14 +184,20 @@ def _load(options: argparse.Namespace) -> tuple[JobConfig, Task]:
 
 
 def _plan(job: JobConfig, task: Task) -> Plan:
-    from pipeline.config import identity_fields, identity_hash
     from pipeline.plan import make_plan
+
+    return make_plan(job, task, _identity(job, task))
+
+
+def _identity(job: JobConfig, task: Task) -> str:
+    """Raises RefusedError if the output is another job's."""
+    from pipeline.config import identity_fields, identity_hash
     from pipeline.run import check_identity
     from pipeline.storage import Folder
 
     fields = identity_fields(job, task.identity())
     check_identity(Folder(job.output.path), fields)
-    return make_plan(job, task, identity_hash(fields))
+    return identity_hash(fields)
 
 
 def _answer(

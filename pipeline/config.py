@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import re
@@ -360,6 +361,12 @@ class ComparedPrices(Section):
 
     date: str | None = None
     """When these prices were seen."""
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _date_as_it_is_written(cls, date: Any) -> Any:
+        """YAML makes a date of 2025-07-15, but not of 2025-07."""
+        return date.isoformat() if isinstance(date, datetime.date) else date
 
     input: float = Field(ge=0, allow_inf_nan=False)
     """Of a million prompt tokens."""

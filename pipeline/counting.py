@@ -32,10 +32,10 @@ BUDGET = 0.01
 LEARNING_ROWS = 8
 """Counted before it is known what a row takes."""
 
-# Letters by script, for Python's `re`, which knows no \p{Hangul}: jamo, compatibility jamo,
+# Runs of letters by script, for Python's `re`, which knows no \p{Hangul}: jamo, compatibility jamo,
 # syllables, extended jamo; Latin letters with those of the European languages.
-HANGUL = re.compile(r"[\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7a3\ud7b0-\ud7fb]")
-LATIN = re.compile(r"[A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02af\u1e00-\u1eff]")
+HANGUL = re.compile(r"[\u1100-\u11ff\u3131-\u318e\ua960-\ua97c\uac00-\ud7a3\ud7b0-\ud7fb]+")
+LATIN = re.compile(r"[A-Za-z\u00aa\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02af\u1e00-\u1eff]+")
 
 
 def load_baseline(name: str) -> CountTokens:
@@ -54,15 +54,15 @@ def load_baseline(name: str) -> CountTokens:
     return load_tokenizer(name, "accounting.baseline")
 
 
-def load_tokenizer(source: str, key: str = "model.id") -> CountTokens:
+def load_tokenizer(source: str, key: str = "model.id", revision: str | None = None) -> CountTokens:
     """The counter of a folder's, or a hub id's, tokenizer.json; without special tokens around.
-    `key` is the job file's that names it.
+    `key` is the job file's that names it, `revision` the hub id's.
 
     Raises JobFileError if there is none.
     """
     from tokenizers import Tokenizer
 
-    path = _tokenizer_file(source, key)
+    path = _tokenizer_file(source, key, revision)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # of this very type, for whatever is wrong with the file
@@ -75,7 +75,7 @@ def load_tokenizer(source: str, key: str = "model.id") -> CountTokens:
     return lambda text: len(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
 
 
-def _tokenizer_file(source: str, key: str) -> Path:
+def _tokenizer_file(source: str, key: str, revision: str | None) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir() or source.startswith(("/", ".", "~")):
         file = folder / "tokenizer.json"
@@ -86,7 +86,7 @@ def _tokenizer_file(source: str, key: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(hf_hub_download(source, "tokenizer.json"))
+        return Path(hf_hub_download(source, "tokenizer.json", revision=revision))
     except (OSError, HFValidationError) as error:
         raise JobFileError(
             f"{key}: `{source}` is no local folder, and no tokenizer.json of that id can be had "
@@ -182,8 +182,8 @@ class TextCounter:
         characters = hangul = latin = model = baseline = 0
         for text in texts_in(value):
             characters += len(text)
-            hangul += len(HANGUL.findall(text))
-            latin += len(LATIN.findall(text))
+            hangul += sum(map(len, HANGUL.findall(text)))
+            latin += sum(map(len, LATIN.findall(text)))
             model += self._model(text) if self._model else 0
             baseline += self._baseline(text) if self._baseline else 0
         sample = counts.samples.setdefault(script_of(hangul, latin), Sample())

@@ -158,7 +158,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The proof of a committed part, a few hundred bytes: all that flows back through Ray."""
+    """The proof of a committed part, a kilobyte or two: all that flows back through Ray."""
 
     unit: Unit
     counts: Counts

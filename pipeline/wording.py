@@ -95,8 +95,10 @@ def money(value: float | None, currency: str) -> str:
     return f"{value:,.{places}f} {currency}".replace("-", "−", 1)
 
 
-def moment(written: str) -> str:
+def moment(written: str | None) -> str:
     """An ISO 8601 time, in UTC and to the minute; what is none stays as it is."""
+    if written is None:
+        return UNKNOWN
     try:
         time = datetime.fromisoformat(written)
     except ValueError:

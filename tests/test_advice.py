@@ -32,7 +32,7 @@ def on_gpus(job: JobConfig, accelerator: str = "H100", tokens: float = 420.0) ->
     engine = {**job.model.engine, "max_num_seqs": job.model.max_num_seqs}
     gpu = GPUS[accelerator]
     smallest = smallest_tensor_parallel(AX, gpu, engine, tokens, 256)
-    room = Room(gpu, fit_of(AX, gpu, engine), tokens, smallest)
+    room = Room(Lane("native", job.model), gpu, fit_of(AX, gpu, engine), tokens, smallest)
     work = Interval(100.0, 120.0, 140.0)
     lane = LaneWork(Lane("native", job.model), 1_000_000, 1e6, work, tokens - 120, 16)
     figures = TokenEstimate(
@@ -83,6 +83,17 @@ def test_a_context_that_the_cache_does_not_hold(tmp_path: Path, job: MakeJob) ->
     config = with_engine(job, tmp_path, tensor_parallel_size=8, max_model_len=10_000_000)
     [line] = advise(config, on_gpus(config))
     assert "will not start" in line and "max_model_len" in line
+
+
+def test_a_yarn_context_that_the_cache_does_not_hold(tmp_path: Path, job: MakeJob) -> None:
+    config = with_engine(job, tmp_path, max_model_len=1_310_720)
+    found = on_gpus(config)
+    assert found.room
+    room = replace(found.room, lane=Lane("yarn", config.model, factor=40.0))
+    [line] = advise(config, replace(found, room=replace(room, smallest_tensor_parallel=None)))
+    assert "will not start" in line and "`model.yarn.factor` may be 12.28 at most" in line
+    [line] = advise(config, replace(found, room=replace(room, smallest_tensor_parallel=8)))
+    assert "`model.yarn.engine.tensor_parallel_size: 8`" in line
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from pipeline.engine import Engine, start_engine
 from pipeline.engine.cores import omp_binding
 from pipeline.engine.echo import EchoEngine
 from pipeline.engine.http import HttpEngine
+from pipeline.engine.vllm import VllmEngine
 from pipeline.errors import EngineError, JobFileError, RowError, RowFailed, RowRejected
 from pipeline.generate import EngineGenerate
+from pipeline.meter import Meter
 from pipeline.model import DEMO_MODEL
 from pipeline.records import Completion
 from pipeline.tokens import RowText
@@ -32,6 +35,30 @@ def echo(**options: Any) -> Engine:
     return start_engine(
         ModelConfig(id="echo", backend="echo", engine=options), cpus=1, max_silence_s=60
     )
+
+
+# --- vllm, without one -----------------------------------------------------------------------
+
+
+async def test_vllm_counts_the_prompt_of_several_answers_once() -> None:
+    def step(request: str, prompt: int, tokens: int) -> SimpleNamespace:
+        stats = SimpleNamespace(num_prompt_tokens=prompt, num_cached_tokens=prompt // 2)
+        return SimpleNamespace(
+            request_id=request, prefill_stats=stats if prompt else None, new_token_ids=[7] * tokens
+        )
+
+    steps = [step("0_chatcmpl-a", 40, 1), step("1_chatcmpl-a", 40, 1), step("chatcmpl-b", 8, 1),
+             step("0_chatcmpl-a", 0, 2), step("1_chatcmpl-a", 0, 3)]  # fmt: skip
+
+    async def receive() -> SimpleNamespace:
+        return SimpleNamespace(outputs=steps)
+
+    engine: Any = object.__new__(VllmEngine)
+    engine.meter = Meter()
+    engine._llm = SimpleNamespace(engine_core=SimpleNamespace(get_output_async=receive))
+    engine._listen()
+    await engine._llm.engine_core.get_output_async()
+    assert engine.meter.read().usage == Usage(2, 48, 24, 8)
 
 
 # --- echo ------------------------------------------------------------------------------------
@@ -111,6 +138,18 @@ async def test_http_gives_the_servers_answer_and_counts(
     assert completion.usage == Usage(1, 12, 8, 3)
     sent = ask("Hello", temperature=0.0, max_tokens=9, top_k=1, model="served")
     assert server.bodies == [sent]
+
+
+async def test_http_has_in_flight_also_what_waits_for_a_slot(
+    engine: Callable[..., HttpEngine],
+) -> None:
+    made = engine(max_num_seqs=1)
+    async with made._slots:
+        asked = [asyncio.ensure_future(made.chat(ask("Hello"))) for _ in range(3)]
+        await asyncio.sleep(0)  # all have begun
+        assert made.meter.in_flight == 3
+    await asyncio.gather(*asked)
+    assert made.meter.in_flight == 0
 
 
 async def test_http_passes_on_what_openai_does_not_know(

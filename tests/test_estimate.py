@@ -20,6 +20,7 @@ from pipeline.chunking import split
 from pipeline.cli import main
 from pipeline.config import JobConfig
 from pipeline.errors import RowRejected
+from pipeline.forecast.advice import advise
 from pipeline.forecast.estimate import estimate_job
 from pipeline.forecast.figures import Estimate
 from pipeline.forecast.sampling import (
@@ -36,6 +37,7 @@ from pipeline.forecast.sketch import load_tokens
 from pipeline.model import DEMO_MODEL
 from pipeline.plan import Plan
 from pipeline.records import Output
+from pipeline.report.tables import estimate_lines
 from pipeline.storage import Folder
 from pipeline.task import ExpectedAnswer, Task
 
@@ -427,6 +429,13 @@ def test_texts_not_nfc_and_repeated_rows_are_seen(
     assert (found.decomposed, found.duplicates) == (0.25, 0.25)
 
 
+def test_rows_without_a_text_are_not_repeated_ones(
+    tmp_path: Path, job: MakeJob, write_parquet: Write, estimate: Estimates
+) -> None:
+    write_parquet(tmp_path / "in/a.parquet", {"text": [None, None, None, "", "", "one"]})
+    assert estimate(job(tmp_path)).duplicates == 0
+
+
 # --- answers, time and money -----------------------------------------------------------------
 
 
@@ -448,6 +457,26 @@ def test_rows_that_are_done_say_how_long_answers_are(
     low, mid, high = found.tokens.completion
     assert mid == pytest.approx(found.tokens.prompt.mid * 33.5 / 20)
     assert 0.9 * mid < low < mid < high < 1.1 * mid
+
+
+def test_rows_whose_answers_were_cut_say_it_and_unasked_ones_nothing(
+    tmp_path: Path, job: MakeJob, plan: MakePlan, write_parquet: Write, commit: Any,
+    estimate: Estimates,
+) -> None:  # fmt: skip
+    write_parquet(tmp_path / "in/a.parquet", {"text": ["one two three"] * 1_000})
+    config = job(tmp_path, input={"rows_per_unit": 250})
+    made = plan(config)
+    first, second, *_ = made.shards[0].units()
+    folder, fingerprint = Folder(config.output.path), made.shards[0].shard.fingerprint
+    nulls = [Output(None, "rejected", "null")] * first.rows
+    commit(folder, first, made.identity, fingerprint, nulls)
+    found = estimate(config)
+    assert found.tokens and found.tokens.answers == "expected" and found.cut_answers is None
+    used = Usage(1, 20, 0, 30)
+    cut = [Output(None, "rejected", "truncated", usage=used, cut=used)] * second.rows
+    commit(folder, second, made.identity, fingerprint, cut)
+    found = estimate(config)
+    assert found.tokens and found.tokens.answers == "measured" and found.cut_answers == 1
 
 
 AX = {
@@ -497,6 +526,22 @@ def test_fit_time_and_cost_by_the_gpu_hour(
     json.dumps(found.to_json(), allow_nan=False)
 
 
+def test_a_later_lane_that_will_not_start_is_told_of(
+    tmp_path: Path, job: MakeJob, write_parquet: Write, estimate: Estimates, large_model: str
+) -> None:
+    texts = ["Some text in English."] * 40 + ["word " * 24_000]
+    write_parquet(tmp_path / "in/a.parquet", {"text": texts})
+    model = {"id": large_model, "context": "auto", "engine": {"max_model_len": 8_000}}
+    config = job(tmp_path, model={**model, "backend": "vllm"}, task={"overflow": "reject"},
+                 cluster={"accelerator": "H100"})  # fmt: skip
+    found = estimate(config)
+    assert found.tokens and [lane.lane.name for lane in found.tokens.lanes] == ["native", "yarn"]
+    assert found.room and found.room.lane.name == "yarn" and not found.room.fit.starts
+    assert "no: on 1 H100 for lane yarn" in dict(estimate_lines(found))["model fits"]
+    [line] = [line for line in advise(config, found) if "parallel" in line]
+    assert line.startswith("`model.yarn.engine.tensor_parallel_size: 2`")
+
+
 def test_cost_by_the_token(
     tmp_path: Path, job: MakeJob, write_parquet: Write, estimate: Estimates
 ) -> None:
@@ -518,7 +563,8 @@ def test_rate_of_the_last_long_run(
     folder = tmp_path / "out/_axbatch/runs"
     folder.mkdir(parents=True)
     usage = {"requests": 9, "prompt_tokens": 9_000, "cached_tokens": 0, "completion_tokens": 3_000}
-    run = {"this_run": {"rows": 9, "usage": usage}, "workers": 1, "gpus_per_replica": 2}
+    run = {"this_run": {"rows": 9, "usage": usage}, "workers": 1, "replicas": 1,
+           "gpus_per_replica": 2}  # fmt: skip
     (folder / "1.json").write_text(json.dumps({**run, "seconds": 120.0}))
     (folder / "2.json").write_text(json.dumps({**run, "seconds": 5.0}))  # too short to say
     found = estimate(job(tmp_path, accounting={"prices": {"gpu_hour": 3.0}}))
@@ -527,6 +573,47 @@ def test_rate_of_the_last_long_run(
     tokens = found.tokens.prompt.mid + found.tokens.completion.mid
     assert found.duration.wall.mid == pytest.approx(tokens / 100)
     assert found.cost.mid == pytest.approx(3.0 * 2 * found.duration.wall.mid / 3600)
+
+
+@pytest.mark.parametrize(
+    ("workers", "had", "now", "times", "replicas"),
+    [
+        (4, 4, 2, 2.0, 2),
+        (2, 2, 8, 0.25, 8),
+        (7, 4, 4, 1.0, 4),                              # three took others' places
+        (3, 8, {"min": 1, "max": 8}, 1.0, 3),           # there was room for no more
+    ],
+)  # fmt: skip
+def test_the_last_rate_is_that_of_its_replicas(
+    tmp_path: Path, job: MakeJob, write_parquet: Write, estimate: Estimates,
+    workers: int, had: int, now: Any, times: float, replicas: int,
+) -> None:  # fmt: skip
+    write_parquet(tmp_path / "in/a.parquet", {"text": ["one two"] * 100})
+    folder = tmp_path / "out/_axbatch/runs"
+    folder.mkdir(parents=True)
+    usage = {"requests": 9, "prompt_tokens": 9_000, "cached_tokens": 0, "completion_tokens": 3_000}
+    run = {"this_run": {"rows": 9, "usage": usage}, "workers": workers, "replicas": had,
+           "gpus_per_replica": 2, "seconds": 120.0}  # fmt: skip
+    (folder / "1.json").write_text(json.dumps(run))
+    found = estimate(job(tmp_path, cluster={"replicas": now}))
+    assert found.tokens and found.duration and found.duration.replicas == replicas
+    tokens = found.tokens.prompt.mid + found.tokens.completion.mid
+    assert found.duration.wall.mid == pytest.approx(times * tokens / 100)
+    assert found.duration.gpu.mid == pytest.approx(found.duration.wall.mid * 2 * replicas)
+
+
+def test_why_there_is_no_comparison_is_said(
+    tmp_path: Path, job: MakeJob, write_parquet: Write, estimate: Estimates
+) -> None:
+    write_parquet(tmp_path / "in/a.parquet", {"text": ["one two"] * 9})
+    compare = [{"name": "x", "input": 1.0, "output": 2.0}]
+    [line] = estimate(job(tmp_path, accounting={"baseline": None, "compare": compare})).missing
+    assert "`accounting.baseline`" in line
+    [line] = estimate(job(tmp_path, accounting={"baseline": "/none", "compare": compare})).missing
+    assert line.startswith("the comparison: accounting.baseline: /none")
+    nobody = str(tmp_path / "nobody")
+    [line] = estimate(job(tmp_path, accounting={"tokenizer": nobody})).missing
+    assert "accounting.tokenizer" in line and "model.id" not in line
 
 
 # --- tokenizers ------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline import wording
+from pipeline.config import JobConfig
+from pipeline.report.document import environment
 from pipeline.report.page import render_page, summary, typical_length
 from pipeline.report.timeline import Timeline
 
@@ -150,6 +152,7 @@ def report(**changes: Any) -> dict[str, Any]:
             {
                 "column": "en", "role": "input", "texts": 1_000_000, "counted": 25_000,
                 "characters": 812_345_678,
+                "letters": {"hangul": 0.0, "latin": 0.8, "other": 0.2},
                 "model": interval(180e6, 181_234_567, 182.5e6),
                 "baseline": interval(176e6, 177_345_678, 178.6e6),
                 "saving": interval(-0.029, -0.0219, -0.0148),
@@ -158,6 +161,7 @@ def report(**changes: Any) -> dict[str, Any]:
             {
                 "column": "ko", "role": "output", "texts": 993_120, "counted": 24_800,
                 "characters": 402_345_678,
+                "letters": {"hangul": 0.71, "latin": 0.04, "other": 0.25},
                 "model": interval(108e6, 109_345_678, 110.7e6),
                 "baseline": interval(164e6, 165_678_901, 167.4e6),
                 "saving": interval(0.331, 0.34, 0.349),
@@ -402,10 +406,11 @@ def test_page_of_nothing() -> None:
         ("tokens", "wasted", "lost"),
         *(("time", key) for key in ("gpu_s", "busy_share", "eta_s")),
         *(("texts", 0, key) for key in ("model", "baseline", "saving")),
-        *(("money", key) for key in ("cost_to_come", "compared")),
-        *(("money", "compared", 0, key) for key in ("difference", "share")),
+        *(("money", key) for key in ("basis", "cost", "cost_to_come", "compared")),
+        *(("money", "compared", 0, key) for key in ("date", "difference", "share")),
         *(("plan", key) for key in ("seconds", "cost")),
         ("runs", 0, "timeline"),
+        ("runs", 0, "started"),
         ("runs", 0, "exit_code"),
         ("runs", 0, "timeline", "replicas", 0, "to_s"),
         ("runs", 0, "timeline", "marks"),
@@ -470,6 +475,17 @@ def test_plan_of_a_running_job_is_projected() -> None:
     page = render_page(running_report())
     assert "130,000,000 so far, 302.1M at this rate" in page
     assert "projected from the 43% of the rows" in page
+
+
+@pytest.mark.parametrize(("workers", "shown"), [(3, "3"), (11, "8")])
+def test_environment_tells_replicas_that_were_there(workers: int, shown: str) -> None:
+    job = JobConfig.model_validate({
+        "name": "x", "task": {"kind": "translate"}, "input": {"path": "in"},
+        "output": {"path": "out", "column": "ko"}, "model": {"id": "m"},
+        "cluster": {"accelerator": "H100"},
+    })  # fmt: skip
+    run = {"workers": workers, "replicas": 8, "gpus_per_replica": 2}
+    assert dict(environment(job, [run]))["replicas"] == f"{shown}, each with 2 GPU(s), H100"
 
 
 def test_all_rows_are_in_the_bar() -> None:
@@ -567,6 +583,7 @@ def test_typical_length() -> None:
         (wording.short(1500), "1.5k"),
         (wording.moment("2026-11-25T18:00:00+09:00"), "2026-11-25 09:00 UTC"),
         (wording.moment("soon"), "soon"),
+        (wording.moment(None), "–"),
     ],
 )
 def test_wording(written: str, expected: str) -> None:

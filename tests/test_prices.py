@@ -64,6 +64,13 @@ def test_costs_add_up() -> None:
         assert both == pytest.approx(cost_of(prices, USED, 60.0) + cost_of(prices, LOST, 30.0))
 
 
+@pytest.mark.parametrize("date", ["2025-07", "2025-07-15"])
+def test_the_date_of_a_list_is_as_it_is_written(date: str) -> None:
+    written = yaml.safe_load(f"{{name: x, date: {date}, input: 1, output: 2}}")
+    [other] = AccountingConfig.model_validate({"compare": [written]}).compare
+    assert other.date == date
+
+
 def test_nothing_without_prices() -> None:
     assert money(AccountingConfig(), USED, LOST, 1.0, TEXTS, "ko", 4) is None
 

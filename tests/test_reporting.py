@@ -293,6 +293,19 @@ def test_run_with_nothing_to_do_writes_nothing(job: Job) -> None:
     assert job.text("report.html") == page
 
 
+@pytest.mark.parametrize("left", ["nothing", "that of a running job"])
+def test_run_with_nothing_to_do_makes_up_for_a_killed_ones_report(job: Job, left: str) -> None:
+    job.run()
+    whole = job.text("report.json")
+    if left == "nothing":
+        job.output.delete("_axbatch/report.json")
+    else:
+        halfway = json.dumps({**json.loads(whole), "state": "running"})
+        job.output.replace("_axbatch/report.json", halfway.encode())
+    assert job.run().run_counts.rows == 0
+    assert json.loads(job.text("report.json")) | {"made": ""} == json.loads(whole) | {"made": ""}
+
+
 def test_retry_leaves_exact_totals_and_what_the_first_attempt_wasted(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,8 +82,8 @@ class HttpEngine:
         named = {key: value for key, value in body.items() if key in known}
         extra = {key: value for key, value in body.items() if key not in known | {"model"}}
         try:
-            async with self._slots:
-                with self.meter.request():
+            with self.meter.request():  # one that waits too, as with the other engines
+                async with self._slots:
                     answer = await self._client.chat.completions.create(
                         model=self._model.id, extra_body=extra or None, **named
                     )

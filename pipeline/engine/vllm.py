@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -37,6 +38,10 @@ DEFAULT_OPTIONS: dict[str, Any] = {
 }
 
 OPTIONS_ARE_VLLMS = "These are the options of `vllm serve`, with underscores."
+
+FURTHER_ANSWER = re.compile(r"[1-9]\d*_")
+"""How the ids begin under which vLLM computes the second and later of `n` answers. The prompt is
+theirs together: usage counts it once, so the meter does too."""
 
 CPU_KV_CACHE_GIB = 1
 """KV cache of an engine without a GPU, unless `kv_cache_memory_bytes` says otherwise."""
@@ -123,7 +128,7 @@ class VllmEngine:
             self._heard = time.monotonic()
             for output in outputs.outputs:
                 prefill = output.prefill_stats
-                if prefill is None:
+                if prefill is None or FURTHER_ANSWER.match(output.request_id):
                     self.meter.count_completion(len(output.new_token_ids))
                 else:
                     prompt, cached = prefill.num_prompt_tokens, prefill.num_cached_tokens

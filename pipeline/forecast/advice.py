@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pipeline.config import JobConfig
 from pipeline.engine.vllm import DEFAULT_OPTIONS
-from pipeline.forecast.figures import Estimate, LaneWork, Room, TokenEstimate
+from pipeline.forecast.figures import Estimate, Room, TokenEstimate
 from pipeline.wording import percent
 
 MOSTLY = 0.9
@@ -33,7 +34,7 @@ def advise(job: JobConfig, estimate: Estimate) -> list[str]:
     if estimate.tokens:
         lines += _of_lanes(job, estimate.tokens)
         if estimate.room:
-            lines += _of_room(job, estimate.room, estimate.tokens.lanes[0])
+            lines += _of_room(estimate.room)
         lines += _of_answers(job, estimate, estimate.tokens)
         lines += _of_prompts(job, estimate.tokens)
         lines += _of_limits(job, estimate, estimate.tokens)
@@ -64,12 +65,20 @@ def _of_lanes(job: JobConfig, tokens: TokenEstimate) -> Iterator[str]:
         )
 
 
-def _of_room(job: JobConfig, room: Room, work: LaneWork) -> Iterator[str]:
-    engine, fit = work.lane.model.engine, room.fit
+def _of_room(room: Room) -> Iterator[str]:
+    engine, fit, is_yarn = room.lane.model.engine, room.fit, room.lane.name == "yarn"
+    key = "model.yarn.engine" if is_yarn else "model.engine"
     needed, tensor = room.smallest_tensor_parallel, int(engine.get("tensor_parallel_size", 1))
     if not fit.starts:
         if needed and needed > tensor:
-            yield f"`tensor_parallel_size: {needed}` under `model.engine` is the least that fits"
+            yield f"`{key}.tensor_parallel_size: {needed}` is the least that has room enough"
+        elif fit.fits and is_yarn:
+            least = fit.kv_tokens * room.lane.factor / fit.max_model_len
+            yield (
+                f"the KV cache has room for {fit.kv_tokens:,} tokens, so vLLM will not start with "
+                f"YaRN's context of {fit.max_model_len:,}: `model.yarn.factor` may be "
+                f"{math.floor(100 * least) / 100:g} at most"
+            )
         elif fit.fits:
             least = max(1_024, fit.kv_tokens // 1_024 * 1_024)
             yield (
@@ -78,7 +87,7 @@ def _of_room(job: JobConfig, room: Room, work: LaneWork) -> Iterator[str]:
                 f"{least:,}"
             )
         return
-    if needed and needed < tensor:
+    if needed and 2 * needed <= tensor:
         yield (
             f"`tensor_parallel_size: {needed}` has room enough: {tensor // needed} times as many "
             f"replicas on the same GPUs, with less traffic between them (it is {tensor})"
@@ -89,13 +98,13 @@ def _of_room(job: JobConfig, room: Room, work: LaneWork) -> Iterator[str]:
         yield (
             f"the KV cache holds {fit.rows_held(room.tokens):,} such requests at once, "
             f"`max_num_seqs` allows {fit.max_num_seqs:,}{given}: set "
-            f"`model.engine.max_num_seqs: {held}`"
+            f"`{key}.max_num_seqs: {held}`"
         )
     batch = engine.get("max_num_batched_tokens", DEFAULT_OPTIONS["max_num_batched_tokens"])
     least = max(SMALL_BATCH, min(fit.max_num_seqs, held))
     if isinstance(batch, int) and batch < least:
         yield (
-            f"`model.engine.max_num_batched_tokens: {batch}` keeps the GPU's steps small: "
+            f"`{key}.max_num_batched_tokens: {batch}` keeps the GPU's steps small: "
             f"{least:,} or more"
         )
 
@@ -124,5 +133,6 @@ def _of_limits(job: JobConfig, estimate: Estimate, tokens: TokenEstimate) -> Ite
     if not_ok > allowed * estimate.rows:
         yield (
             f"about {percent(not_ok / estimate.rows)} of the rows can't be done, and "
-            f"`limits.max_failed_fraction` is {percent(allowed)}: the run will end with exit 3"
+            f"`limits.max_failed_fraction` is {percent(allowed)}: the run is likely to end with "
+            "exit 3"
         )

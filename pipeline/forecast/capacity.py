@@ -196,8 +196,9 @@ class Fit:
         return int(self.kv_tokens / max(1.0, tokens_per_row))
 
     def rows_at_once(self, tokens_per_row: float) -> int:
-        """`rows_held`, at most max_num_seqs."""
-        return min(self.max_num_seqs, self.rows_held(tokens_per_row))
+        """`rows_held`, at most max_num_seqs; one at least if vLLM starts, as none is longer than
+        the context, whatever a mean that is guessed says."""
+        return max(int(self.starts), min(self.max_num_seqs, self.rows_held(tokens_per_row)))
 
 
 def fit_of(shape: ModelShape, gpu: Gpu, engine: Mapping[str, Any]) -> Fit:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 from pipeline.accounting import Interval
 from pipeline.errors import NoSuchFileError
 from pipeline.forecast.intervals import deviation
-from pipeline.forecast.sampling import (
-    PLACES,
-    THREADS,
-)
+from pipeline.forecast.sampling import PLACES, THREADS
 from pipeline.parts import PARTS, part_path, parts_among, read_stamp
 from pipeline.plan import Plan
 from pipeline.records import Counts
 from pipeline.storage import Folder
 
 ENOUGH_ROWS = 200
-"""Done ones that say more of answers than any expectation."""
+"""Answered ones, ok or not, that say more of answers than any expectation."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class DoneRows:
 
     counts: Sequence[Counts]
 
-    @property
+    @cached_property
     def total(self) -> Counts:
         total = Counts()
         for each in self.counts:
@@ -37,7 +35,8 @@ class DoneRows:
 
     @property
     def is_enough(self) -> bool:
-        return self.total.statuses["ok"] >= ENOUGH_ROWS
+        answered = self.total.account.completions.items()
+        return sum(rows for bucket, rows in answered if bucket >= 0) >= ENOUGH_ROWS
 
     def completion_per(self, size: Callable[[Counts], float]) -> Interval:
         """Completion tokens for each of what `size` counts. The interval is that of a sample of

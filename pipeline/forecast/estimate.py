@@ -79,7 +79,7 @@ def estimate_job(job: JobConfig, task: Task, plan: Plan, output: Folder) -> Esti
         len({row.place for row in scale.rows}),
         scale.total(lambda row: row.facts.characters),
         scale.share_of(lambda row: row.facts.is_decomposed),
-        1 - len({row.facts.digest for row in scale.rows}) / max(1, len(scale.rows)),
+        _repeated(scale),
     )
     if covers == "to do" and plan.waiting_rows:
         missing.append(f"{plan.waiting_rows:,} rows that wait for the YaRN engine: left out")
@@ -113,6 +113,12 @@ def _sketcher(job: JobConfig, task: Task, missing: list[str]) -> Sketcher:
             missing.append(f"the comparison: {error.args[0]}")
     context = context_of(lane.model)
     return Sketcher(task, job.sampling.body(), load_tokens(job), baseline, lane, context)
+
+
+def _repeated(scale: Scale) -> float:
+    """Share of the rows that equal one before them; those without a text are no work anyway."""
+    digests = [row.facts.digest for row in scale.rows if row.facts.characters]
+    return (len(digests) - len(set(digests))) / max(1, len(scale.rows))
 
 
 def _without_model(sample: RowSample) -> list[SketchedRow]:
@@ -179,6 +185,7 @@ def _tokens(job: JobConfig, sketcher: Sketcher, scale: Scale, done: DoneRows) ->
         limited=sum(request.is_limited for request in requests) / max(1, len(requests)),
         ratios=ratios,
         output_ratio=output_ratio,
+        is_stand_in=counter.is_stand_in,
     )
 
 

@@ -6,11 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from pipeline.accounting import Interval
-from pipeline.forecast.capacity import (
-    Fit,
-    Gpu,
-    Work,
-)
+from pipeline.forecast.capacity import Fit, Gpu, Work
 from pipeline.forecast.intervals import NOTHING
 from pipeline.lanes import Lane
 from pipeline.prices import TokenRatios
@@ -65,18 +61,22 @@ class TokenEstimate:
     """Baseline tokens for each of the model's."""
     output_ratio: LengthSource = "expected"
     """measured: on the results of done rows. expected: taken to be that of the prompts."""
+    is_stand_in: bool = False
+    """Whether it was another model's tokenizer that counted."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """How the first lane's engine fills its GPUs."""
+    """How an engine fills its GPUs: the first lane's, or that of a later lane that won't start."""
 
+    lane: Lane
     gpu: Gpu
     fit: Fit
     tokens: float
     """Of a request, prompt and answer, at most that is likely."""
     smallest_tensor_parallel: int | None
-    """With which every lane's engine starts, and holds enough of its requests at once."""
+    """With which every lane's engine starts, and holds enough of its requests at once; where one
+    does not start as it is, at least one request."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,7 @@ def _room_json(room: Room) -> dict[str, Any]:
     return {
         "fits": fit.fits,
         "starts": fit.starts,
+        "lane": room.lane.name,
         "gpu": room.gpu.name,
         "gpus_per_replica": fit.world,
         "weights_bytes_per_gpu": round(fit.weights),

@@ -17,13 +17,7 @@ from pipeline.forecast.capacity import (
     floor,
     smallest_tensor_parallel,
 )
-from pipeline.forecast.figures import (
-    ComparedCost,
-    Duration,
-    Estimate,
-    LaneWork,
-    Room,
-)
+from pipeline.forecast.figures import ComparedCost, Duration, Estimate, LaneWork, Room
 from pipeline.forecast.intervals import NOTHING
 from pipeline.lanes import Lane
 from pipeline.model import read_config
@@ -67,21 +61,26 @@ def _engine(lane: Lane) -> dict[str, Any]:
 def _room(estimate: Estimate, job: JobConfig, shape: ModelShape) -> Room:
     assert estimate.tokens is not None and job.cluster.accelerator is not None
     gpu = GPUS[job.cluster.accelerator]
-    is_unknown = estimate.tokens.answers == "unknown"
+    lanes, is_unknown = estimate.tokens.lanes, estimate.tokens.answers == "unknown"
 
     def tokens_of(work: LaneWork) -> float:
         _, likely, most = work.works()
         return (most if is_unknown else likely).tokens
 
-    def smallest(work: LaneWork) -> int | None:
-        rows = min(work.lane.model.max_num_seqs, ROWS_ENOUGH)
+    def smallest(work: LaneWork, rows: int) -> int | None:
+        rows = min(work.lane.model.max_num_seqs, rows)
         return smallest_tensor_parallel(shape, gpu, _engine(work.lane), tokens_of(work), rows)
 
-    lanes = estimate.tokens.lanes
-    found = [tensor for tensor in map(smallest, lanes) if tensor]
-    enough = max(found) if len(found) == len(lanes) else None
-    first = lanes[0]
-    return Room(gpu, fit_of(shape, gpu, _engine(first.lane)), tokens_of(first), enough)
+    def for_all(rows: int) -> int | None:
+        found = [tensor for work in lanes if (tensor := smallest(work, rows))]
+        return max(found) if len(found) == len(lanes) else None
+
+    enough = for_all(ROWS_ENOUGH)
+    fits = [fit_of(shape, gpu, _engine(work.lane)) for work in lanes]
+    shown = next((at for at, fit in enumerate(fits) if not fit.starts), 0)
+    if not fits[shown].starts:
+        enough = enough or for_all(1)
+    return Room(lanes[shown].lane, gpu, fits[shown], tokens_of(lanes[shown]), enough)
 
 
 def _computed(estimate: Estimate, job: JobConfig, shape: ModelShape) -> Duration | None:
@@ -104,7 +103,7 @@ def _computed(estimate: Estimate, job: JobConfig, shape: ModelShape) -> Duration
 
 
 def _measured(estimate: Estimate, job: JobConfig, output: Folder) -> Duration | None:
-    """At the rate, in tokens, of the last run that computed for ENOUGH_SECONDS."""
+    """At each replica's rate, in tokens, in the last run that computed for ENOUGH_SECONDS."""
     assert estimate.tokens is not None
     records = [e.path for e in output.list("_axbatch/runs") if e.path.endswith(".json")]
     for path in records[: -ENOUGH_RUNS - 1 : -1]:
@@ -112,10 +111,12 @@ def _measured(estimate: Estimate, job: JobConfig, output: Folder) -> Duration | 
         usage = record["this_run"]["usage"]
         tokens = usage["prompt_tokens"] + usage["completion_tokens"]
         if record["seconds"] >= ENOUGH_SECONDS and tokens:
-            pace = record["seconds"] / tokens
+            # Among its workers are those that took others' places.
+            had = max(1, min(record["workers"], record["replicas"]))
+            replicas = max(job.cluster.range.min, min(had, job.cluster.range.max))
+            pace = record["seconds"] / tokens * had / replicas
             pairs = zip(estimate.tokens.prompt, estimate.tokens.completion, strict=True)
             wall = Interval(*(pace * (prompt + completion) for prompt, completion in pairs))
-            replicas = max(1, min(record["workers"], job.cluster.range.max))
             gpus = replicas * record.get("gpus_per_replica", 0)
             return Duration(wall, Interval(*(gpus * each for each in wall)), replicas, "measured")
     return None
@@ -138,7 +139,9 @@ def with_cost(estimate: Estimate, job: JobConfig, missing: list[str]) -> Estimat
         estimate = replace(estimate, currency=prices.currency, basis=basis_of(prices))
     ratios = tokens.ratios
     if ratios is None:
-        if job.accounting.compare and job.accounting.baseline is not None:
+        if job.accounting.compare and job.accounting.baseline is None:
+            missing.append("the comparison: it needs `accounting.baseline`")
+        elif job.accounting.compare and tokens.is_stand_in:
             missing.append("the comparison: it needs the model's tokenizer, `accounting.tokenizer`")
         return estimate
     compared = [

@@ -98,9 +98,10 @@ def load_tokens(job: JobConfig) -> PromptTokens:
     model, named = job.model, job.accounting.tokenizer
     if model.backend == "vllm":
         model_id = resolve_model(model).id
-        return _of_tokenizer(named or model_id, None if named else model.revision, model.backend)
+        if not named:
+            return _of_tokenizer(model_id, "model.id", model.backend, model.revision)
     if named:
-        return _of_tokenizer(named, None, model.backend)
+        return _of_tokenizer(named, "accounting.tokenizer", model.backend)
     if model.backend == "echo":
         return PromptTokens("words", True, _words, _words, adds_template=False)
     if job.accounting.baseline is None:
@@ -126,8 +127,8 @@ def context_of(model: ModelConfig) -> int:
     return own
 
 
-def _of_tokenizer(source: str, revision: str | None, backend: str) -> PromptTokens:
-    count = lru_cache(COUNTED_TEXTS)(load_tokenizer(source))
+def _of_tokenizer(source: str, key: str, backend: str, revision: str | None = None) -> PromptTokens:
+    count = lru_cache(COUNTED_TEXTS)(load_tokenizer(source, key, revision))
     decide = _half_of_bytes if backend == "http" else count
     named = f"tokenizer of {source}"
     if find_spec("transformers") is None:

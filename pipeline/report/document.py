@@ -111,8 +111,14 @@ def environment(job: JobConfig, runs: list[dict[str, Any]]) -> list[tuple[str, s
         gpus = last.get("gpus_per_replica", 0)
         each = f"{gpus} GPU(s)" if gpus else "no GPU"
         kind = f", {job.cluster.accelerator}" if gpus and job.cluster.accelerator else ""
-        facts.append(("replicas", f"{last['replicas']}, each with {each}{kind}"))
+        facts.append(("replicas", f"{_replicas(last)}, each with {each}{kind}"))
     return facts
+
+
+def _replicas(run: Mapping[str, Any]) -> int:
+    """That worked at once, at most: not all that there may be, nor those that took others'
+    places."""
+    return min(int(run["replicas"]), int(run.get("workers", run["replicas"])))
 
 
 def _version(package: str) -> str | None:
@@ -154,6 +160,7 @@ def _text(column: str, counts: TextCounts, is_output: bool) -> dict[str, Any]:
         "texts": counts.texts,
         "counted": sample.texts,
         "characters": counts.characters,
+        "letters": _letters(sample),
         "model": _interval(counts.model_tokens() if sample.model else None),
         "baseline": _interval(counts.baseline_tokens() if sample.baseline else None),
         "saving": _interval(counts.saving() if sample.model else None),
@@ -171,6 +178,14 @@ def _text(column: str, counts: TextCounts, is_output: bool) -> dict[str, Any]:
             if (of_script := counts.samples.get(script))
         ],
     }
+
+
+def _letters(sample: Sample) -> dict[str, float] | None:
+    """Shares of the counted characters; `other` is all else, digits and spaces too."""
+    if not sample.characters:
+        return None
+    hangul, latin = (count / sample.characters for count in (sample.hangul, sample.latin))
+    return {"hangul": hangul, "latin": latin, "other": 1 - hangul - latin}
 
 
 def _share(script: Script, sample: Sample) -> float:
@@ -215,7 +230,7 @@ def _time(
         "runs": len(runs),
         "wall_s": sum(run.get("wall_seconds", 0.0) for run in runs),
         "computing_s": computing,
-        "gpus": max((run.get("gpus_per_replica", 0) * run["replicas"] for run in runs), default=0),
+        "gpus": max((run.get("gpus_per_replica", 0) * _replicas(run) for run in runs), default=0),
         "gpu_s": gpu_s or None,
         "busy_share": busy / up if up else None,
         "rows_per_s": rate,

@@ -125,7 +125,11 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self._pool.shutdown(wait=True)
-        if self._ledger is None or isinstance(error, StorageError):
+        if isinstance(error, StorageError):
+            return
+        if self._ledger is None:
+            if error is None:
+                self._catch_up()
             return
         state: State = "done" if error is None else "stopped"
         if isinstance(error, Interrupted):
@@ -134,6 +138,16 @@ class Reporter:
             self._ledger.read_the_dead()
             store_record(self._output, self._ledger.run, self._record(state))
             write_report(self._job, self._task, self._plan.identity, self._output)
+
+    def _catch_up(self) -> None:
+        """The run before this one may have been killed when all was published but its report."""
+        with _never_mind("the report is not written"):
+            try:
+                state = json.loads(self._output.read(f"{REPORT}.json"))["state"]
+            except FileNotFoundError:
+                state = None
+            if state != "done" and self._plan.rows:
+                write_report(self._job, self._task, self._plan.identity, self._output)
 
     def _look(self, run: str, record: dict[str, Any]) -> None:
         """Leave a first record, and see what a report needs beside this run's own figures. In a

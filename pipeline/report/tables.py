@@ -23,7 +23,8 @@ from pipeline.report.reporter import REPORT
 from pipeline.run import Summary
 from pipeline.status import Status
 from pipeline.storage import Folder
-from pipeline.wording import between, count, money, short, span
+from pipeline.wording import between, count, money, span
+from pipeline.wording import estimate as about
 
 EXAMPLES = 5
 SHOWN = 600
@@ -61,15 +62,17 @@ def estimate_lines(estimate: Estimate) -> Iterator[tuple[str, str]]:
     if not estimate.rows:
         return
     of_which = OF_WHICH[estimate.covers]
+    of_these = f", {of_which}" if of_which else ""
     yield "sample", f"{estimate.sampled:,} rows from {estimate.places:,} places {of_which}".strip()
     if estimate.tokens:
         yield from _token_lines(estimate.tokens)
     if estimate.room:
         yield "model fits", _fit_line(estimate.room)
     if estimate.duration:
-        yield "time", _time_line(estimate.duration)
+        yield "time", f"{_time_line(estimate.duration)}{of_these}"
     if estimate.cost and estimate.currency and estimate.basis:
-        yield "cost", f"{_money_range(estimate.cost, estimate.currency)} ({estimate.basis})"
+        cost = _money_range(estimate.cost, estimate.currency)
+        yield "cost", f"{cost} ({estimate.basis}){of_these}"
     for each in estimate.compared:
         text = f"{each.name}: {_money_range(each.cost, each.currency)}"
         if estimate.tokens and estimate.tokens.output_ratio != "measured":
@@ -85,14 +88,14 @@ def _token_lines(tokens: TokenEstimate) -> Iterator[tuple[str, str]]:
     yield "tokens in", f"{about}{between(tokens.prompt._asdict())} ({tokens.source}{ratio})"
     yield "tokens out", _completion_line(tokens)
     yield "lanes", ", ".join(f"{lane.lane.title} {lane.rows:,} rows" for lane in tokens.lanes)
-    if tokens.not_ok:
-        yield (
-            "will be rejected",
-            ", ".join(
-                f"{reason.partition(': ')[2]} about {rows:,}"
-                for reason, rows in tokens.not_ok.items()
-            ),
-        )
+    for status, label in (("rejected", "will be rejected"), ("failed", "will fail")):
+        of_status = [
+            f"{reason.partition(': ')[2]} about {rows:,}"
+            for reason, rows in tokens.not_ok.items()
+            if reason.startswith(status)
+        ]
+        if of_status:
+            yield label, ", ".join(of_status)
     if tokens.cut:
         cut = ", ".join(f"{how} about {rows:,} rows" for how, rows in tokens.cut.items())
         yield "will be cut", f"{cut}, {count(tokens.requests.mid)} requests in all"
@@ -104,13 +107,15 @@ def _completion_line(tokens: TokenEstimate) -> str:
         case "measured":
             return f"{between(tokens.completion._asdict())} (as the rows done so far)"
         case "expected":
-            return f"{short(low)} to {short(high)} (expected of this kind of task, not measured)"
+            ends = f"{about(low)} to {about(high)}"
+            return f"{ends} (expected of this kind of task, not measured)"
         case "unknown":
-            return f"unknown: at most {short(high)}, as `sampling.max_tokens` has it"
+            return f"unknown: at most {about(high)}, as `sampling.max_tokens` has it"
 
 
 def _fit_line(room: Room) -> str:
     fit, gpus = room.fit, f"{room.fit.world} {room.gpu.name}"
+    gpus += f" for lane {room.lane.title}" if room.lane.name == "yarn" else ""
     weights = f"weights {fit.weights / 1e9:,.1f} GB of {room.gpu.memory / 1e9:,.0f} on each"
     if not fit.fits:
         return f"no, not on {gpus}: {weights}"
