@@ -29,6 +29,8 @@ WHAT_IT_IS = (
 
 BUDGET = 0.01
 """Share of one core's time that counting may take."""
+SHORT = 2_000
+"""Characters, which take a millisecond or so."""
 LEARNING_ROWS = 8
 """Counted before it is known what a row takes."""
 
@@ -71,8 +73,20 @@ def load_tokenizer(source: str, key: str = "model.id", revision: str | None = No
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # in a row they are text, see RowText
-    # Unlike `encode` this lets go of the GIL: an event loop runs on beside a long text.
-    return lambda text: len(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+    return counter_of(tokenizer)
+
+
+def counter_of(tokenizer: Any) -> CountTokens:
+    """Counts with a `tokenizers.Tokenizer`. A batch is counted without the GIL, so an event loop
+    runs on beside a long text; but in other threads, whose wakening takes a busy machine longer
+    than a short text does."""
+
+    def count(text: str) -> int:
+        if len(text) < SHORT:
+            return len(tokenizer.encode(text, add_special_tokens=False))
+        return len(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
+
+    return count
 
 
 def _tokenizer_file(source: str, key: str, revision: str | None) -> Path:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from pipeline.accounting import Usage
 from pipeline.config import ModelConfig
+from pipeline.counting import CountTokens, counter_of
 from pipeline.engine import EngineGone
 from pipeline.engine.cores import claim_cores, omp_binding
 from pipeline.errors import EngineError, ModelError, RowFailed, RowRejected
@@ -183,14 +184,13 @@ class _TokenCounter:
                 with lock:
                     return len(tokenizer.encode(text, add_special_tokens=False))
 
-            self._count = count
+            self._count: CountTokens = count
             return
         own = type(backend).from_str(backend.to_str())
         own.no_truncation()
         own.no_padding()
         own.encode_special_tokens = True  # a row's text is text, whatever it says
-        # Unlike `encode` this lets go of the GIL: the event loop runs on beside a long text.
-        self._count = lambda text: len(own.encode_batch_fast([text], add_special_tokens=False)[0])
+        self._count = counter_of(own)
 
     def __call__(self, text: str) -> int:
         return self._count(text)
