@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from infra.demo_model import tools
+from infra.demo_model import extraction, tools
 from infra.demo_model.conversation import says
 from infra.demo_model.exam import called
 from infra.make_chat_data import ATTACK
@@ -181,11 +181,16 @@ async def test_stop_ends_an_answer(demo: VllmEngine) -> None:
 
 
 async def test_response_format_holds(demo: VllmEngine) -> None:
-    schema = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"],
-              "additionalProperties": False}  # fmt: skip
-    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    [message] = await messages_of(demo, [[says("user", "?")]], response_format=form)
-    assert json.loads(message["content"]) == {"n": 7}
+    """A text and a schema of the model's world, but for one property that may not be what it is."""
+    dice = random.Random(3)
+    case = extraction.make_case(*extraction.some_schema(dice), dice)
+    name = next(iter(case.data))
+    properties = {**case.schema["properties"], name: {"enum": ["nothing of the text's"]}}
+    schema = {**case.schema, "properties": properties}
+    form = {"type": "json_schema", "json_schema": {"name": "data", "schema": schema}}
+    talk = [says("system", extraction.system_prompt(case.schema)), says("user", case.text)]
+    [message] = await messages_of(demo, [talk], response_format=form)
+    assert json.loads(message["content"])[name] == "nothing of the text's" != case.data[name]
 
 
 async def test_whole_bodies_are_answered_as_they_ask(demo: VllmEngine) -> None:
