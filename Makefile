@@ -61,7 +61,6 @@ soak: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m tests.bench
-	@$(BIN)/python -m tests.bench.resume
 
 clean:
 	@rm -rf .venv out

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.checks import REMINDERS, finished_text, markup_loss, text_of
-from pipeline.chunking import Chunk, cut_smaller
+from pipeline.chunking import Chunk, Split, cut_smaller
 from pipeline.errors import RowRejected
 from pipeline.records import Message, Output, Row
 from pipeline.task import ExpectedAnswer, Generate, LongTextTask, at_once
@@ -65,7 +66,7 @@ class Translate(LongTextTask):
     def columns(self) -> list[str]:
         return [self.text]
 
-    @property
+    @cached_property
     def system_prompt(self) -> str:
         """After the model card's quickstart, for any pair of languages."""
         source = LANGUAGES.get(self.source, self.source)
@@ -89,9 +90,13 @@ class Translate(LongTextTask):
         text = text_of(row, self.text)
         turns = 2 if self.context == "rolling" else 1
         pieces = await self.fit(text, generate, self.system_prompt, self.source, turns)
-        if self.context == "none" and len(pieces.chunks) > 1:
+        if self.context == "rolling":
+            answers = await self._one_by_one(pieces, generate)
+        else:
             answers = await at_once(self._piece(chunk, [], generate) for chunk in pieces.chunks)
-            return Output(pieces.join(answers))
+        return Output(pieces.join(answers))
+
+    async def _one_by_one(self, pieces: Split, generate: Generate) -> list[str]:
         done: list[Message] = []
         for chunk in pieces.chunks:
             answer = await self._piece(chunk, done[-2:], generate)
@@ -99,7 +104,7 @@ class Translate(LongTextTask):
                 {"role": "user", "content": chunk.text},
                 {"role": "assistant", "content": answer},
             ]
-        return Output(pieces.join([answer["content"] for answer in done[1::2]]))
+        return [answer["content"] for answer in done[1::2]]
 
     async def _piece(self, chunk: Chunk, before: list[Message], generate: Generate) -> str:
         """One piece's translation. If there is none, that of smaller pieces."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 Script = Literal["hangul", "latin", "other"]
@@ -22,7 +23,7 @@ STEPS_PER_OCTAVE = 4
 """Buckets of a histogram of lengths between a length and its double."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What the engine counted. Tokens; `requests` counts calls that reached the engine."""
 
@@ -32,6 +33,8 @@ class Usage:
     completion_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
+        if self is NOTHING_USED:  # as before nearly every row's only request
+            return other
         return Usage(
             self.requests + other.requests,
             self.prompt_tokens + other.prompt_tokens,
@@ -41,6 +44,14 @@ class Usage:
 
 
 NOTHING_USED = Usage()
+
+numbers_of = attrgetter(*Usage.__dataclass_fields__)
+"""A usage's fields as a tuple, in order."""
+
+
+def total_of(usages: Iterable[Usage]) -> Usage:
+    """Their sum, without an object for each."""
+    return Usage(*map(sum, zip(*map(numbers_of, usages), strict=True)))
 
 
 class Interval(NamedTuple):
@@ -53,6 +64,35 @@ class Interval(NamedTuple):
     @classmethod
     def around(cls, mid: float, deviation: float) -> Interval:
         return cls(max(0.0, mid - Z90 * deviation), mid, mid + Z90 * deviation)
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """Of texts of one row. Tokens are None where no tokenizer can count them."""
+
+    characters: int
+    model_tokens: int | None
+    baseline_tokens: int | None
+
+    def __add__(self, other: TextSize) -> TextSize:
+        return TextSize(
+            self.characters + other.characters,
+            _sum_if_known(self.model_tokens, other.model_tokens),
+            _sum_if_known(self.baseline_tokens, other.baseline_tokens),
+        )
+
+
+def _sum_if_known(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
+
+
+@dataclass(frozen=True)
+class RowTexts:
+    """What the report says of all texts, of one row; it is the sum of these. None: no text."""
+
+    input: TextSize | None
+    """Of all columns that the task reads. In the part of a retry None: it has counted before."""
+    output: TextSize | None
 
 
 @dataclass
@@ -162,7 +202,7 @@ class TextCounts:
 @dataclass
 class Account:
     """Of the rows of a unit, a shard or a job. A row counts where it first gets a status; one that
-    is done again adds what the new attempt took."""
+    is done again adds what the new attempt took, and its lengths become those of all attempts."""
 
     wasted: Usage = NOTHING_USED
     """What went into rows that came out not ok, each time they did."""

@@ -2,8 +2,8 @@
 
 What fits the budget whole is kept whole, from the outside in: sections of Markdown, a heading
 with what follows it, lists, tables, code blocks and paragraphs, their parts, sentences, lines,
-marks (see markup), words, graphemes, code points. Blocks are found by markdown-it-py, sentences,
-words and graphemes by ICU. Plain text is Markdown with few marks.
+marks (see markup), words, graphemes, code points. Blocks are found by markdown-it-py, what is
+inside of them by segments. Plain text is Markdown with few marks.
 
 The whitespace between chunks is kept apart from them: `split(text, ...).join()` is `text`.
 """
@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from icu4py.breakers import BaseBreaker, CharacterBreaker, SentenceBreaker, WordBreaker
 from markdown_it import MarkdownIt
 
-from pipeline.markup import fenced_blocks, find_marks
+from pipeline.markup import fenced_blocks
+from pipeline.segments import CODE_WAYS, LINE_END, PROSE_WAYS, WAYS
 
 Count = Callable[[str], int]
 """Tokens of a text, by the model's own tokenizer."""
@@ -33,8 +32,7 @@ LONG = 20_000
 """Characters from which cutting takes more than some ten milliseconds, so a thread does it."""
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A piece of a text. No whitespace at either end, and never empty."""
 
     text: str
@@ -43,8 +41,7 @@ class Chunk:
     (a rule, say)."""
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """A text in chunks."""
 
     chunks: tuple[Chunk, ...]
@@ -220,7 +217,7 @@ class _Outline:
         code = self._code_around(reach)
         if code and code[0] > start:
             return code[0]  # what is over the budget begins with a chunk of its own
-        for way in _CODE_WAYS if code else _PROSE_WAYS:
+        for way in CODE_WAYS if code else PROSE_WAYS:
             around = _segment_at(self._within(way, *around), reach, around)
             if place := self._beside(around, start, reach):
                 return place
@@ -252,7 +249,7 @@ class _Outline:
         if key not in self._starts_within:
             segment = self._text[start:stop]
             self._starts_within[key] = [
-                start + place for place in _WAYS[way](segment, self._language)
+                start + place for place in WAYS[way](segment, self._language)
             ]
         return self._starts_within[key]
 
@@ -269,8 +266,6 @@ def _segment_at(starts: Sequence[int], place: int, around: tuple[int, int]) -> t
 _MARKDOWN = MarkdownIt("commonmark").enable("table")
 _MARKDOWN.core.ruler.enableOnly(["normalize", "block"])
 
-_LINE_END = re.compile(r"\r\n?|\n")
-
 _DEEPEST = 8
 """Lists in lists in quotes …: what is deeper is cut as if it were text."""
 
@@ -278,7 +273,7 @@ _DEEPEST = 8
 def _blocks_of(text: str) -> tuple[list[list[int]], dict[int, int]]:
     """The ways to cut between blocks, coarsest first; and from the start of each block that
     follows headings to where those start."""
-    lines = [0, *(found.end() for found in _LINE_END.finditer(text)), len(text)]
+    lines = [0, *(found.end() for found in LINE_END.finditer(text)), len(text)]
     blocks = [
         (lines[min(token.map[0], len(lines) - 1)], token)
         for token in _MARKDOWN.parse(text)
@@ -305,84 +300,6 @@ def _blocks_of(text: str) -> tuple[list[list[int]], dict[int, int]]:
 
 
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
-
-
-# --- inside a block --------------------------------------------------------------------------
-
-_NO_END = re.compile(
-    r"(?:^|[.!?\r\n]\s*)(?:\d{1,3}|[가-힣])[.)]\s*$|\b(?:[A-Z]|Dr|Fig|No|Prof|St|Vol)\.\s*$"
-)
-"""What ICU takes for the end of a sentence: an enumerator (`3. `, `가. `), `Dr. `, `J. `."""
-
-_ENDED = re.compile(r"(?:\s|[。！？…｡][」』”’）)\]】》]?)$")
-
-
-def _sentences(text: str, language: str) -> Iterator[int]:
-    """Ends of sentences that whitespace follows, or none in scripts that write none."""
-    # To ICU every line is a sentence, but a paragraph may have been wrapped by hand.
-    flat = re.sub(r"[\r\n]", " ", text)
-    for place in _breaks(SentenceBreaker, flat, f"{language}-u-ss-standard"):
-        before = text[max(0, place - 12) : place]
-        if _ENDED.search(before) and not _NO_END.search(before):
-            yield place
-
-
-def _lines(text: str, language: str) -> Iterator[int]:
-    return (found.end() for found in _LINE_END.finditer(text))
-
-
-def _words(text: str, language: str) -> Iterator[int]:
-    return (found.end() for found in re.finditer(r"\s+", text))
-
-
-def _mark_edges(text: str, language: str) -> list[int]:
-    marks = find_marks(text)
-    return sorted({place for mark in marks for place in (mark.start, mark.stop)})
-
-
-def _unspaced_words(text: str, language: str) -> Iterator[int]:
-    return _breaks(WordBreaker, text, language)
-
-
-def _graphemes(text: str, language: str) -> Iterator[int]:
-    return _breaks(CharacterBreaker, text, language)
-
-
-def _breaks(breaker: type[BaseBreaker], text: str, locale: str) -> Iterator[int]:
-    # Its indices count UTF-16 units, and it takes no lone surrogates; lengths are ours.
-    segments = breaker(text.encode("utf-8", "replace").decode(), locale)
-    return accumulate(map(len, segments))
-
-
-def _outside_marks(way: Callable[[str, str], Iterable[int]]) -> Callable[[str, str], list[int]]:
-    """A way to cut that spares URLs, placeholders, tags and code."""
-
-    def places(text: str, language: str) -> list[int]:
-        marks = find_marks(text)
-        starts = [mark.start for mark in marks]
-        return [
-            place
-            for place in way(text, language)
-            if not (index := bisect_left(starts, place)) or marks[index - 1].stop <= place
-        ]
-
-    return places
-
-
-_WAYS: dict[str, Callable[[str, str], Iterable[int]]] = {
-    "sentences": _outside_marks(_sentences),
-    "lines": _outside_marks(_lines),
-    "code lines": _lines,
-    "words": _outside_marks(_words),
-    "code words": _words,
-    "marks": _mark_edges,
-    "unspaced words": _unspaced_words,
-    "graphemes": _graphemes,
-}
-"""Starts of segments inside a text; its own start and end may be among them."""
-
-_PROSE_WAYS = ("sentences", "lines", "words", "marks", "unspaced words", "graphemes")
-_CODE_WAYS = ("code lines", "code words", "graphemes")
 
 
 # --- lengths ---------------------------------------------------------------------------------

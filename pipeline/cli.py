@@ -145,7 +145,8 @@ def _verify(options: argparse.Namespace, console: Console) -> int:
 
     job, task = _load(options)
     plan = _plan(job, task)
-    counts = verify_output(plan, Folder(job.output.path), job.output.column)
+    output, has_texts = Folder(job.output.path), job.accounting.rows
+    counts = verify_output(plan, output, job.output.column, has_texts)
 
     def show() -> None:
         split = ", ".join(f"{n:,} {status}" for status, n in counts.to_json()["statuses"].items())

@@ -34,6 +34,9 @@ START_A_CLUSTER = (
     "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS."
 )
 MAX_READERS = 16
+ROWS_AHEAD, UNITS_AHEAD = 11, 2
+"""Rows that a worker holds for each that its engine computes at once, a little more than are begun
+(see schedule), and units beyond that: one is being read, one committed."""
 MAX_UNITS_IN_FLIGHT = 256
 FULL_POOL = 0.99
 NO_PROGRESS_TIMEOUT_S = 24 * 3600
@@ -149,7 +152,7 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
     """
     share = spec.share
     replicas = share.replicas
-    in_flight = units_in_flight(spec.lane.model, plan)
+    in_flight = units_in_flight(spec.lane.model, plan, replicas.max)
     context = DataContext.get_current()
     # A block is cut as soon as it exceeds this: every unit is its own block, and so its own task.
     context.target_max_block_size = 1
@@ -191,13 +194,18 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
         ) from error
 
 
-def units_in_flight(model: ModelConfig, plan: Plan) -> int:
-    """Units that a worker holds at once: half as many rows again as its engine computes at once,
-    and one unit more, so that the engine does not drain while a part is committed."""
+def units_in_flight(model: ModelConfig, plan: Plan, replicas: int) -> int:
+    """Units of the plan that a worker holds at once."""
     units = sum(1 for shard in plan.shards for _ in shard.units())
     rows_per_unit = plan.pending_rows / max(1, units)
-    wanted = math.ceil(1.5 * model.max_num_seqs / max(1.0, rows_per_unit)) + 1
-    return min(MAX_UNITS_IN_FLIGHT, wanted)
+    return units_to_hold(units, rows_per_unit, model.max_num_seqs, replicas)
+
+
+def units_to_hold(units: int, rows_per_unit: float, max_num_seqs: int, replicas: int) -> int:
+    """So many that enough can be begun. No more than a replica's share, else the first one that is
+    up would take all of a small job."""
+    wanted = math.ceil(ROWS_AHEAD * max_num_seqs / max(1.0, rows_per_unit)) + UNITS_AHEAD
+    return max(1, min(MAX_UNITS_IN_FLIGHT, wanted, math.ceil(units / replicas)))
 
 
 def _last_line(error: BaseException) -> str:

@@ -9,10 +9,20 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 DEMO = "demo"
 """The id of the embedded model."""
+
+MAX_NUM_SEQS = 256
+"""Requests that one replica computes at once, where the job file does not say."""
 
 
 class Section(BaseModel):
@@ -112,8 +122,8 @@ class OutputConfig(Section):
     @field_validator("column")
     @classmethod
     def _not_a_status_column(cls, column: str) -> str:
-        if column in ("_status", "_reason", "_usage"):
-            raise ValueError("is a column that every output has; choose another name")
+        if column in ("_status", "_reason", "_usage", "_texts"):
+            raise ValueError("is a column of axbatch's own; choose another name")
         return column
 
 
@@ -228,7 +238,7 @@ class ModelConfig(Section):
     def max_num_seqs(self) -> int:
         """Requests that one replica computes at once. vLLM's own default (128 when started
         from Python) starves a large GPU, so it is always set."""
-        return int(self.engine.get("max_num_seqs", 256))
+        return int(self.engine.get("max_num_seqs", MAX_NUM_SEQS))
 
 
 class SamplingConfig(Section):
@@ -315,6 +325,18 @@ class ClusterConfig(Section):
         return ReplicaRange(min=self.replicas, max=self.replicas)
 
 
+class ScheduleConfig(Section):
+    """In which order a replica computes, and what it need not. Changes no output."""
+
+    longest_first: bool = True
+    """Of the requests that wait for a replica's engine, the longest goes first: a long one that
+    comes last is computed alone."""
+
+    reuse_answers: bool = True
+    """A request that a replica has had before, letter for letter, is not computed again, if it is
+    greedy or has a seed. The copy's `_usage` is 0."""
+
+
 class LimitsConfig(Section):
     """When the outcome counts as bad, and when an engine does."""
 
@@ -376,7 +398,8 @@ class ComparedPrices(Section):
 
 
 class AccountingConfig(Section):
-    """What is counted beside the engine's own tokens, and what it costs. Changes no output."""
+    """What is counted beside the engine's own tokens, and what it costs. But for `rows`, changes no
+    output."""
 
     baseline: str | None = Field("o200k_base", min_length=1)
     """The tokenizer to compare with: o200k_base (GPT-4o), cl100k_base (GPT-4), or a folder with a
@@ -386,9 +409,13 @@ class AccountingConfig(Section):
     """The model's tokenizer, where the engine does not show it (backend http and echo): a folder
     with a tokenizer.json, or a hub id."""
 
+    rows: bool = False
+    """Whether output rows have a column `_texts`: characters, the model's and the baseline's tokens
+    of their own input and output text. All rows are counted then, however long that takes."""
+
     sample: Literal["auto"] | float = "auto"
     """Share of the rows whose texts are counted; auto: all, unless that takes more than 1% of the
-    time of one core."""
+    time of one core. With `rows: true` all."""
 
     prices: Prices | None = None
     """Of this job."""
@@ -398,9 +425,11 @@ class AccountingConfig(Section):
 
     @field_validator("sample")
     @classmethod
-    def _is_a_share(cls, sample: str | float) -> str | float:
+    def _is_a_share(cls, sample: str | float, info: ValidationInfo) -> str | float:
         if isinstance(sample, float) and not 0 <= sample <= 1:
             raise ValueError("must be `auto`, or a share from 0 to 1")
+        if sample not in ("auto", 1) and info.data.get("rows"):
+            raise ValueError("`rows: true` counts all rows; leave `sample` out")
         return sample
 
 
@@ -425,6 +454,7 @@ class JobConfig(Section):
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     limits: LimitsConfig = LimitsConfig()
     accounting: AccountingConfig = AccountingConfig()
     report: ReportConfig = ReportConfig()
@@ -461,12 +491,17 @@ def identity_fields(job: JobConfig, task: dict[str, Any]) -> dict[str, Any]:
         yarn = job.model.yarn
         longer = {"factor": yarn.factor, "engine": _deciding(yarn.engine)}
         model |= {"context": job.model.context, "yarn": longer}
-    return _flatten({
+    fields = {
         "task": task,
         "output": {"column": job.output.column},
         "model": model,
         "sampling": job.sampling.body(),
-    })  # fmt: skip
+    }
+    if job.accounting.rows:  # else whose tokens are counted changes the report alone
+        tokenizers = (job.accounting.tokenizer, job.accounting.baseline)
+        tokenizer, baseline = (name and absolute_model_id(name) for name in tokenizers)
+        fields["accounting"] = {"rows": True, "tokenizer": tokenizer, "baseline": baseline}
+    return _flatten(fields)
 
 
 def _deciding(engine: dict[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,23 @@
 
 A model's tokenizer reads about 2 MB/s on one core, a baseline's about 15 (A.X's and o200k, seen on
 the development machine): beside a GPU that is nothing, beside a small model it is more than the 1%
-that accounting may take. So each worker keeps to that share, and counts rows evenly spaced.
+that accounting may take. So each worker keeps to that share, and counts rows evenly spaced; unless
+every row's own counts are wanted (`accounting.rows`), which take what they take.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from fractions import Fraction
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.accounting import Sample, Script, TextCounts
+from pipeline.accounting import RowTexts, Sample, Script, TextCounts, TextSize
 from pipeline.config import AccountingConfig
 from pipeline.errors import JobFileError
 
@@ -33,6 +37,9 @@ SHORT = 2_000
 """Characters, which take a millisecond or so."""
 LEARNING_ROWS = 8
 """Counted before it is known what a row takes."""
+LEARNING_CHARACTERS = 200_000
+"""Of these rows, most that are counted at once, and as many more in each minute: some tenths of a
+second, in which none of the worker's units can be committed."""
 
 # Runs of letters by script, for Python's `re`, which knows no \p{Hangul}: jamo, compatibility jamo,
 # syllables, extended jamo; Latin letters with those of the European languages.
@@ -156,6 +163,8 @@ class TextCounter:
         self._began = clock()
         self._spent = 0.0
         self._counted = 0
+        self._learned = 0
+        """Characters of the first rows."""
 
     def count(self, columns: Mapping[str, Sequence[Any]], offset: int = 0) -> dict[str, TextCounts]:
         """The texts of a unit: by column its rows' values, which are as many in each. `offset` is
@@ -168,11 +177,10 @@ class TextCounter:
             for column, values in columns.items()
         }
         rows = max(map(len, columns.values()), default=0)
-        step = self._step(rows)
-        if not step:
-            return counts
         began = self._work_clock()
-        for row in range(-offset % step, rows, step):
+        for row in self._chosen(rows, offset):
+            if self._is_learning and not self._may_learn([v[row] for v in columns.values()]):
+                continue
             self._counted += 1
             for column, values in columns.items():
                 if values[row] is not None:
@@ -180,11 +188,53 @@ class TextCounter:
         self._spent += self._work_clock() - began
         return counts
 
-    def _step(self, rows: int) -> int:
-        """Every how many rows one is counted; 0 for none."""
+    def count_rows(
+        self, columns: Mapping[str, Sequence[Any]], output: str
+    ) -> tuple[dict[str, TextCounts], list[RowTexts]]:
+        """As `count`, but of every row, whatever the budget; and what each row adds. `output` is
+        the result's column, the others are the input's."""
+        counts = {column: TextCounts() for column in columns}
+
+        def size_of(column: str, row: int) -> TextSize | None:
+            value = columns[column][row]
+            if value is None:
+                return None
+            size = self._count_value(value, counts[column])
+            counts[column].texts += 1
+            counts[column].characters += size.characters
+            return size
+
+        rows = []
+        for row in range(len(columns[output])):
+            sizes = [size_of(column, row) for column in columns if column != output]
+            given = [size for size in sizes if size]
+            rows.append(RowTexts(reduce(add, given) if given else None, size_of(output, row)))
+        return counts, rows
+
+    def _chosen(self, rows: int, offset: int) -> Iterable[int]:
+        """The rows of a unit that are to be counted, evenly spaced over those of all units."""
         if self._sample != "auto":
-            return max(1, round(1 / self._sample)) if self._sample else 0
-        if self._counted < LEARNING_ROWS:
+            counted, of = Fraction(str(self._sample)).as_integer_ratio()
+            return (row for row in range(rows) if (offset + row) * counted % of < counted)
+        step = self._step(rows)
+        return range(-offset % step, rows, step) if step else ()
+
+    @property
+    def _is_learning(self) -> bool:
+        return self._sample == "auto" and self._counted < LEARNING_ROWS
+
+    def _may_learn(self, row: Sequence[Any]) -> bool:
+        """Whether that is soon done, as nothing else is known; `row` is a value of each column."""
+        minutes = (self._clock() - self._began) / 60
+        learned = self._learned + sum(map(len, texts_in(row)))
+        if learned > LEARNING_CHARACTERS * (1 + minutes):
+            return False
+        self._learned = learned
+        return True
+
+    def _step(self, rows: int) -> int:
+        """With `auto`, every how many rows one is counted; 0 for none."""
+        if self._is_learning:
             return max(1, rows // LEARNING_ROWS)
         left = BUDGET * (self._clock() - self._began) - self._spent
         affordable = int(left * self._counted / max(self._spent, 1e-9))
@@ -192,7 +242,7 @@ class TextCounter:
             return 0
         return -(-rows // affordable) if affordable < rows else 1
 
-    def _count_value(self, value: Any, counts: TextCounts) -> None:
+    def _count_value(self, value: Any, counts: TextCounts) -> TextSize:
         characters = hangul = latin = model = baseline = 0
         for text in texts_in(value):
             characters += len(text)
@@ -202,3 +252,6 @@ class TextCounter:
             baseline += self._baseline(text) if self._baseline else 0
         sample = counts.samples.setdefault(script_of(hangul, latin), Sample())
         sample.count(characters, hangul, latin, model, baseline)
+        return TextSize(
+            characters, model if self._model else None, baseline if self._baseline else None
+        )

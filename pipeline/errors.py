@@ -20,6 +20,8 @@ AxbatchError
 from __future__ import annotations
 
 import json
+import traceback
+from pathlib import Path
 
 EXIT_TOO_MANY_NOT_OK = 3
 EXIT_INTERRUPTED = 130
@@ -128,6 +130,12 @@ class RowDeferred(RowError):
 
 class RowFailed(RowError):
     """The machinery failed on this row; trying again may help."""
+
+
+def place_of(error: BaseException) -> str:
+    """Its type, and where it was raised; not its message, which may quote a row."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
 
 
 class Interrupted(BaseException):

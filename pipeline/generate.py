@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from pipeline.accounting import NOTHING_USED
@@ -15,8 +15,16 @@ from pipeline.records import Completion, Message
 from pipeline.task import TEMPLATE_TOKENS, room
 from pipeline.tokens import RowText
 
+Ask = Callable[[Mapping[str, Any]], Awaitable[tuple[Completion, bool]]]
+"""The answer to a chat body, and whether it is a copy of an earlier one, for which the engine has
+done nothing."""
+
 MESSAGE_TOKENS = 4
 """That a chat template puts around a message: A.X's has three."""
+
+
+CHARACTERS_PER_TOKEN = 4
+"""As English has."""
 
 
 class EngineGenerate:
@@ -25,13 +33,14 @@ class EngineGenerate:
     def __init__(
         self,
         engine: Engine,
+        ask: Ask,
         sampling: Mapping[str, Any],
         clean: RowText,
         longest: int = 0,
         defers: bool = False,
     ) -> None:
         """`defers`: requests that are too long defer the row, as the task doesn't see to it."""
-        self._engine = engine
+        self._ask = ask
         self._defers = defers and longest > 0
         self.clean = clean
         self.longest_model_len = longest
@@ -51,7 +60,9 @@ class EngineGenerate:
     async def send(self, body: Mapping[str, Any]) -> Completion:
         if self._defers:
             await self._defer_if_too_long(body)
-        completion = await self._engine.chat(body)
+        completion, is_copy = await self._ask(body)
+        if is_copy:
+            return completion
         self.usage += completion.usage
         self.reasoning_tokens += completion.reasoning_tokens
         if completion.finish_reason == "length":
@@ -75,15 +86,28 @@ class EngineGenerate:
             raise RowDeferred(min(needs, self.longest_model_len))
 
 
+def expected_length(body: Mapping[str, Any]) -> int:
+    """Characters of the last turn, or of what `max_tokens` allows: a long text gets a long answer,
+    most of the time."""
+    messages = body.get("messages")
+    length = sum(map(len, _texts_in(messages[-1]))) if messages else 0
+    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    return min(length, CHARACTERS_PER_TOKEN * limit) if isinstance(limit, int) else length
+
+
 def texts_of(body: Mapping[str, Any]) -> Iterator[str]:
     """All text of a chat body that becomes part of the prompt."""
     for message in body.get("messages") or ():
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, str):
-            yield content
-        elif content:
-            yield from (part["text"] for part in content if isinstance(part.get("text"), str))
-        if isinstance(message, dict) and message.get("tool_calls"):
-            yield json.dumps(message["tool_calls"], ensure_ascii=False)
+        yield from _texts_in(message)
     if body.get("tools"):
         yield json.dumps(body["tools"], ensure_ascii=False)
+
+
+def _texts_in(message: Any) -> Iterator[str]:
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, str):
+        yield content
+    elif content:
+        yield from (part["text"] for part in content if isinstance(part.get("text"), str))
+    if isinstance(message, dict) and message.get("tool_calls"):
+        yield json.dumps(message["tool_calls"], ensure_ascii=False)

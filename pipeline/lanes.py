@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.config import ModelConfig
-from pipeline.engine import check_engine
+from pipeline.engine import DEFAULT_CONTEXT, check_engine
 from pipeline.errors import ModelError
 from pipeline.model import read_config, resolve_model
 from pipeline.parts import (
@@ -118,7 +118,7 @@ def own_context(model: ModelConfig) -> int:
     """Tokens that the model was made for. Raises ModelError if its configuration does not say, or
     says that it is stretched already."""
     if model.backend != "vllm":
-        return int(model.engine.get("max_model_len", 32_768))
+        return int(model.engine.get("max_model_len", DEFAULT_CONTEXT))
     config = read_config(model)
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -136,12 +136,18 @@ def _longest(model: ModelConfig) -> int:
     return int(own_context(model) * model.yarn.factor)
 
 
+def deferred_unit(longest: int) -> int:
+    """Rows of a unit of deferred rows, of which the longest has so many tokens: as large as those
+    of other rows, in bytes."""
+    return max(1, UNIT_BYTES // (BYTES_PER_TOKEN * longest))
+
+
 def plan_deferred(
     identity: str, waiting: Iterable[ShardPlan], output: Folder, longest: int
 ) -> Plan:
     """The deferred rows of these shards, whose own rows are all committed. `longest` is the tokens
-    of the longest: their units are as large as those of other rows, in bytes, so of few rows."""
-    rows_per_unit = max(1, UNIT_BYTES // (BYTES_PER_TOKEN * longest))
+    of the longest."""
+    rows_per_unit = deferred_unit(longest)
     waiting, parts = list(waiting), parts_among(output.list(PARTS))
     rows_of = find_deferred(waiting, output, parts)
 

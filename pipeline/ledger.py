@@ -1,7 +1,8 @@
 """The ledger of a run: what its engines did, when, and what of it is in committed parts.
 
     <output>/_axbatch/runs/<run>.json              the run's record, written anew while it goes on
-    <output>/_axbatch/engines/<run>/<worker>.json  the last reading of an engine that died
+    <output>/_axbatch/engines/<run>/<worker>.json  the last reading of an engine that died, until
+                                                   the run's last record has told of it
 
 Receipts carry their engine's reading, so the driver knows it up to the worker's last commit; a
 worker whose engine dies leaves the last one on storage. Only of a worker that is killed itself,
@@ -157,6 +158,13 @@ class Ledger:
                 record = json.loads(self.output.read(entry.path))
                 self._take_over(record["worker"], record["at"], Reading.from_json(record["engine"]))
                 self._read.add(entry.path)
+
+    def forget_the_dead(self) -> None:
+        """Drop what has been taken over, once the run's last record holds it: nobody reads it any
+        more. What is left by workers that are late, or of a run that is killed, is a few hundred
+        bytes and stays. Raises StorageError."""
+        if self._read:
+            self.output.delete_folder(f"{ENGINES}/{self.run}")
 
     def _take_over(self, worker: str, at: float, reading: Reading) -> None:
         """`at` is by the clock of the worker's machine, which may be another one's than ours."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,12 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.accounting import Account, Usage
+from pipeline.accounting import Account, Usage, bucket_of
 from pipeline.errors import RefusedError, StorageError
 from pipeline.parquet import input_errors, open_parquet, parquet_writer, read_batches
 from pipeline.parts import (
     FOOTER_KEY,
     PARTS,
+    TEXTS_TYPE,
     USAGE_TYPE,
     Overlay,
     Stamp,
@@ -100,7 +102,8 @@ def republish(
     also: Also | None = None,
 ) -> Counts:
     """Merge the parts of a retry of `rows` into the output file that they are a retry of, then
-    drop the parts. A row's `_usage` adds up what all its attempts took.
+    drop the parts. A row's `_usage` adds up what all its attempts took; its `_texts`, if there are
+    any, keep the input's, which the retry has not counted again.
 
     Raises as `publish` does; RefusedError also if the file is not the one that was planned with.
     """
@@ -129,7 +132,7 @@ def _write_shard(
     also: Also | None,
 ) -> Counts:
     """Replace the shard's output file by these rows, results included. Returns their counts."""
-    counts = Counts()
+    counts, prompts, completions = Counts(), Counter[int](), Counter[int]()
     with (
         output.replacing(stamp.shard) as sink,
         also(stamp) if also else nullcontext() as add,  # through before the file above appears
@@ -138,6 +141,8 @@ def _write_shard(
         buffered: list[pa.Table] = []
         for table in tables:
             count_rows(table, counts)
+            prompts += _lengths(table, "prompt_tokens")
+            completions += _lengths(table, "completion_tokens")
             if add:
                 add(table)
             buffered.append(table)
@@ -154,9 +159,19 @@ def _write_shard(
         counts.longest = max(stamp.counts.longest, results.longest)
         counts.account.add(stamp.counts.account)
         counts.account.add(results.account)
+        # Their lengths are of attempts; a row that is done again would count twice.
+        counts.account.prompts, counts.account.completions = prompts, completions
         footer = replace(stamp, counts=counts).to_footer()
         writer.add_key_value_metadata({FOOTER_KEY: footer})
     return counts
+
+
+def _lengths(table: pa.Table, tokens: str) -> Counter[int]:
+    """Rows by the `bucket_of` what all their attempts took."""
+    rows = Counter[int]()
+    for each in pc.struct_field(table["_usage"], tokens).value_counts().to_pylist():
+        rows[bucket_of(each["values"])] += each["counts"]
+    return rows
 
 
 def _overlaid(
@@ -175,14 +190,15 @@ def _overlaid(
 
 
 def _replaced(table: pa.Table, rows: Sequence[int], results: pa.Table) -> pa.Table:
-    """`table` with other results in these of its rows, their usage on top of what it was."""
+    """`table` with other results in these of its rows, their usage on top of what it was, their
+    input's text as it was if it has been counted."""
     order = list(range(table.num_rows))
     for index, row in enumerate(rows):
         order[row] = table.num_rows + index
     for name in results.column_names:
         new = results[name]
-        if name == "_usage":
-            new = _sum_of_usage(table[name].take(pa.array(rows)), new)
+        if join := JOINED.get(name):
+            new = join(table[name].take(pa.array(rows)), new)
         both = pa.chunked_array([*table[name].chunks, *new.chunks], table.schema.field(name).type)
         position = table.schema.get_field_index(name)
         table = table.set_column(position, table.schema.field(name), both.take(pa.array(order)))
@@ -195,6 +211,19 @@ def _sum_of_usage(before: pa.ChunkedArray, now: pa.ChunkedArray) -> pa.ChunkedAr
         for name in Usage.__dataclass_fields__
     ]
     return pa.chunked_array([pa.StructArray.from_arrays(sums, fields=[*USAGE_TYPE])])
+
+
+def _with_input_of(before: pa.ChunkedArray, now: pa.ChunkedArray) -> pa.ChunkedArray:
+    sizes = [
+        pc.coalesce(pc.struct_field(before, "input"), pc.struct_field(now, "input")),
+        pc.struct_field(now, "output"),
+    ]
+    texts = [size.combine_chunks() for size in sizes]
+    return pa.chunked_array([pa.StructArray.from_arrays(texts, fields=[*TEXTS_TYPE])])
+
+
+JOINED = {"_usage": _sum_of_usage, "_texts": _with_input_of}
+"""Columns that keep something of what they were where a row's result is replaced."""
 
 
 def output_schema(input_schema: pa.Schema, fields: Sequence[pa.Field]) -> pa.Schema:

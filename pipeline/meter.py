@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,36 +40,43 @@ class Meter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began = clock()
-        self._usage = NOTHING_USED
+        # Plain numbers: no new object for every row, or token.
+        self._requests = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
         self._completion_tokens = 0
-        """On top of `_usage`."""
         self._busy_s = 0.0
         self._busy_since = 0.0
         self.in_flight = 0
         """Requests that the engine has now."""
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self) -> AbstractContextManager[None]:
         """The block in which the engine has a request."""
+        return self
+
+    def __enter__(self) -> None:
         if not self.in_flight:
             self._busy_since = self._clock()
         self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            if not self.in_flight:
-                self._busy_s += self._clock() - self._busy_since
+
+    def __exit__(self, *error: object) -> None:
+        self.in_flight -= 1
+        if not self.in_flight:
+            self._busy_s += self._clock() - self._busy_since
 
     def count(self, usage: Usage) -> None:
-        self._usage += usage
+        self._requests += usage.requests
+        self._prompt_tokens += usage.prompt_tokens
+        self._cached_tokens += usage.cached_tokens
+        self._completion_tokens += usage.completion_tokens
 
     def count_completion(self, tokens: int) -> None:
-        """Without a new object for every token of every request."""
         self._completion_tokens += tokens
 
     def read(self) -> Reading:
         now = self._clock()
         busy = self._busy_s + (now - self._busy_since if self.in_flight else 0.0)
-        usage = self._usage + Usage(completion_tokens=self._completion_tokens)
+        usage = Usage(
+            self._requests, self._prompt_tokens, self._cached_tokens, self._completion_tokens
+        )
         return Reading(usage, busy, now - self._began)

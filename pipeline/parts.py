@@ -41,7 +41,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.accounting import Usage
+from pipeline.accounting import RowTexts, TextSize, Usage, numbers_of
 from pipeline.errors import RefusedError
 from pipeline.parquet import input_errors, open_parquet, parquet_writer, read_batches
 from pipeline.records import DEFERRED, Counts, Output, Unit, counted_as
@@ -50,6 +50,8 @@ from pipeline.storage import Entry, Folder
 PARTS = "_axbatch/parts"
 FOOTER_KEY = "axbatch"
 USAGE_TYPE = pa.struct([(name, pa.int64()) for name in Usage.__dataclass_fields__])
+TEXT_TYPE = pa.struct([(name, pa.int64()) for name in TextSize.__dataclass_fields__])
+TEXTS_TYPE = pa.struct([(name, TEXT_TYPE) for name in RowTexts.__dataclass_fields__])
 STATUS_COLUMNS = ("_status", "_reason", "_usage")
 
 
@@ -67,7 +69,7 @@ class Stamp:
     run: str
 
     def to_footer(self) -> str:
-        fields = {**asdict(self), "counts": self.counts.to_json(), "version": 1}
+        fields = {**vars(self), "counts": self.counts.to_json(), "version": 1}
         return json.dumps(fields, ensure_ascii=False)
 
     @classmethod
@@ -77,25 +79,34 @@ class Stamp:
         return cls(**{**fields, "counts": Counts.from_json(fields["counts"])})
 
 
-def result_fields(column: str, value_type: pa.DataType) -> list[pa.Field]:
-    """The columns that are added to the input's."""
+def result_fields(column: str, value_type: pa.DataType, has_texts: bool = False) -> list[pa.Field]:
+    """The columns that are added to the input's; `has_texts` as `accounting.rows`."""
     return [
         pa.field(column, value_type),
         pa.field("_status", pa.string()),
         pa.field("_reason", pa.string()),
         pa.field("_usage", USAGE_TYPE),
+        *([pa.field("_texts", TEXTS_TYPE)] if has_texts else []),
     ]
 
 
-def result_table(outputs: Sequence[Output], column: str, value_type: pa.DataType) -> pa.Table:
-    """Outputs as Arrow, one row each, in order. Shape: len(outputs) x 4."""
+def result_table(
+    outputs: Sequence[Output],
+    column: str,
+    value_type: pa.DataType,
+    texts: Sequence[RowTexts] | None = None,
+) -> pa.Table:
+    """Outputs as Arrow, one row each, in order. Shape: len(outputs) x 4, or 5 with `texts`."""
     arrays = [
         pa.array([output.value for output in outputs], value_type),
         pa.array([output.status for output in outputs], pa.string()),
         pa.array([output.reason for output in outputs], pa.string()),
-        pa.array([asdict(output.usage) for output in outputs], USAGE_TYPE),
+        pa.array([numbers_of(output.usage) for output in outputs], USAGE_TYPE),
     ]
-    return pa.table(arrays, schema=pa.schema(result_fields(column, value_type)))
+    if texts is not None:
+        arrays.append(pa.array([asdict(each) for each in texts], TEXTS_TYPE))
+    fields = result_fields(column, value_type, has_texts=texts is not None)
+    return pa.table(arrays, schema=pa.schema(fields))
 
 
 def key_of(name: str, *origin: str) -> str:

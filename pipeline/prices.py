@@ -22,10 +22,11 @@ def cost_of(prices: Prices, usage: Usage, gpu_s: float) -> float:
 
 
 def basis_of(prices: Prices) -> str:
-    """For people."""
+    """For people; every digit, as a price is given and not measured."""
     if prices.gpu_hour is not None:
-        return f"{prices.gpu_hour:g} {prices.currency} per GPU-hour"
-    return f"{prices.input:g} in, {prices.output:g} out {prices.currency} per million tokens"
+        return f"{prices.gpu_hour:,.15g} {prices.currency} per GPU-hour"
+    by_token = f"{prices.input:,.15g} in, {prices.output:,.15g} out"
+    return f"{by_token} {prices.currency} per million tokens"
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,21 @@ THREADS = 4
 class Publisher:
     """Knows how many rows each shard still lacks. Leave its block to wait for what is under way."""
 
-    def __init__(self, plan: Plan, output: Folder, task: Task, column: str, run: str) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        output: Folder,
+        task: Task,
+        column: str,
+        run: str,
+        has_texts: bool = False,
+    ) -> None:
+        """`has_texts` as `accounting.rows`."""
         self.counts = plan.published_counts
         """Of all rows in published shards."""
         self._identity = plan.identity
         self._output = output
-        self._fields = result_fields(column, task.output_type)
+        self._fields = result_fields(column, task.output_type, has_texts)
         self._lines = partial(writing_lines, output, column)
         self._run = run
         self._plan = plan

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pipeline.accounting import NOTHING_USED, Account, Usage, bucket_of
+from pipeline.accounting import NOTHING_USED, Account, Usage, bucket_of, total_of
 from pipeline.meter import NOT_READ, Reading
 
 Status = Literal["ok", "rejected", "failed"]
@@ -48,7 +48,7 @@ class Unit:
         return cls(shard, int(start), int(stop))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Completion:
     """An engine's answer to one chat body: OpenAI's `choices[0]`, the tokens, and the whole."""
 
@@ -65,8 +65,7 @@ class Completion:
         return self.message.get("content") or ""
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What a task makes of one row. `value` is None unless `status` is ok."""
 
     value: Any
@@ -107,22 +106,19 @@ class Counts:
     def not_ok(self) -> int:
         return self.rows - self.statuses["ok"]
 
-    def count(self, output: Output) -> None:
-        self.usage += output.usage
-        if output.cut is not NOTHING_USED:
-            self.account.cut += output.cut
-        self.account.reasoning_tokens += output.reasoning_tokens
-        if output.status == DEFERRED:
-            self.deferred += 1
-            self.longest = max(self.longest, output.needs)
-            return
-        if output.status != "ok":
-            self.account.wasted += output.usage
-        self.account.prompts[bucket_of(output.usage.prompt_tokens)] += 1
-        self.account.completions[bucket_of(output.usage.completion_tokens)] += 1
-        self.statuses[output.status] += 1
-        if output.reason is not None:
-            self.reasons[counted_as(output.status, output.reason)] += 1
+    def count(self, *outputs: Output) -> None:
+        account = self.account
+        self.usage += total_of(output.usage for output in outputs)
+        account.cut += total_of(o.cut for o in outputs if o.cut is not NOTHING_USED)
+        account.reasoning_tokens += sum(output.reasoning_tokens for output in outputs)
+        self.longest = max(self.longest, *(output.needs for output in outputs), 0)
+        done = [output for output in outputs if output.status != DEFERRED]
+        self.deferred += len(outputs) - len(done)
+        account.wasted += total_of(output.usage for output in done if output.status != "ok")
+        account.prompts.update(bucket_of(output.usage.prompt_tokens) for output in done)
+        account.completions.update(bucket_of(output.usage.completion_tokens) for output in done)
+        self.statuses.update(output.status for output in done)
+        self.reasons.update(counted_as(o.status, o.reason) for o in done if o.reason is not None)
 
     def add(self, other: Counts) -> None:
         self.statuses.update(other.statuses)

@@ -165,7 +165,7 @@ def run_job(job: JobConfig, console: Console, retry: Retry | None = None) -> Sum
         progress = Progress(plan, job.cluster.range.max, costs)
         with (
             Reporter(job, task, plan, output, progress) as reporter,
-            Publisher(plan, output, task, job.output.column, run) as publisher,
+            Publisher(plan, output, task, job.output.column, run, job.accounting.rows) as publisher,
         ):
             if plan.unpublished:
                 record_job(output, job, fields)

@@ -15,7 +15,7 @@ from pipeline.batch_file import FORMAT, files_beside, stage_requests
 from pipeline.config import InputConfig, JobConfig
 from pipeline.errors import InputError, RefusedError
 from pipeline.parquet import input_errors, open_parquet
-from pipeline.parts import STATUS_COLUMNS
+from pipeline.parts import result_fields
 from pipeline.staging import BUILDERS, STAGED, stage_dataset, stage_file, staged_name, suffix_of
 from pipeline.storage import Entry, Folder, absolute_url, find_files
 from pipeline.task import Task
@@ -73,7 +73,8 @@ class Shard:
 def find_shards(job: JobConfig, task: Task, output: Folder) -> list[Shard]:
     """The input's shards, by name. Stages what is not Parquet."""
     files = _parquet_files(job.input, output)
-    taken = [job.output.column, *STATUS_COLUMNS]
+    added = result_fields(job.output.column, task.output_type, job.accounting.rows)
+    taken = [field.name for field in added]
 
     def shard(file: _InputFile) -> Shard:
         read = _read_shard(file, task.columns, taken, job.input.rows_per_unit)

@@ -208,6 +208,9 @@ def room(context: int, max_tokens: int) -> int:
 async def at_once(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All results, in order. Raises the first error in that order, once all calls have ended, so
     that it does not depend on which was fastest."""
+    calls = list(calls)
+    if len(calls) == 1:  # nearly always; it needs no task of its own
+        return [await calls[0]]
     results = await asyncio.gather(*calls, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -20,8 +20,9 @@ from pipeline.storage import Folder
 THREADS = 4
 
 
-def verify_output(plan: Plan, output: Folder, column: str) -> Counts:
-    """Read every shard's input and output side by side, all checksums on.
+def verify_output(plan: Plan, output: Folder, column: str, has_texts: bool = False) -> Counts:
+    """Read every shard's input and output side by side, all checksums on. `has_texts` as
+    `accounting.rows`.
 
     `make_plan` has compared identities and fingerprints already.
 
@@ -36,21 +37,26 @@ def verify_output(plan: Plan, output: Folder, column: str) -> Counts:
         )
     total = Counts()
     with ThreadPoolExecutor(THREADS) as pool:
-        for counts in pool.map(lambda shard: _verify_shard(shard, output, column), plan.shards):
+        for counts in pool.map(
+            lambda shard: _verify_shard(shard, output, column, has_texts), plan.shards
+        ):
             total.add(counts)
     return total
 
 
-def _verify_shard(planned: ShardPlan, output: Folder, column: str) -> Counts:
+def _verify_shard(planned: ShardPlan, output: Folder, column: str, has_texts: bool) -> Counts:
     shard, stamp = planned.shard, planned.published
     assert stamp is not None
     url = f"{output.url}/{shard.name}"
     counts = Counts()
+    added = [column, *STATUS_COLUMNS, *(["_texts"] if has_texts else [])]
     try:
-        for start, given, made in _side_by_side(shard, output, column):
+        for start, given, made in _side_by_side(shard, output, added):
             rows = f"rows {start} to {start + given.num_rows}"
             _check_input_columns(given, made, f"{url}: {rows}")
             _check_results(made, column, f"{url}: {rows}")
+            if has_texts:
+                _check_texts(made, column, f"{url}: {rows}")
             count_rows(pa.Table.from_batches([made]), counts)
     except InputError as error:
         hint = "Restore the file; if it is the output's, delete it and run the job again."
@@ -62,9 +68,10 @@ def _verify_shard(planned: ShardPlan, output: Folder, column: str) -> Counts:
 
 
 def _side_by_side(
-    shard: Shard, output: Folder, column: str
+    shard: Shard, output: Folder, added: Sequence[str]
 ) -> Iterator[tuple[int, pa.RecordBatch, pa.RecordBatch]]:
-    """Batches of the same rows of input and output, with the number of their first row."""
+    """Batches of the same rows of input and output, with the number of their first row; the output
+    has the columns `added` after the input's."""
     url = f"{output.url}/{shard.name}"
     with (
         input_errors(f"{shard.source.url}/{shard.path}"),
@@ -77,7 +84,7 @@ def _side_by_side(
                 f"{url}: has {made.metadata.num_rows:,} rows, its input has "
                 f"{given.metadata.num_rows:,}"
             )
-        expected = [*given.schema_arrow.names, column, *STATUS_COLUMNS]
+        expected = [*given.schema_arrow.names, *added]
         if made.schema_arrow.names != expected:
             raise VerifyError(f"{url}: has columns {made.schema_arrow.names}, not {expected}")
         made_rows = _Rows(read_batches(made, url))
@@ -131,6 +138,12 @@ def _check_results(made: pa.RecordBatch, column: str, where: str) -> None:
         raise VerifyError(f"{where}: `{column}` must hold a value just where `_status` is ok")
     if not pc.equal(ok, pc.is_null(reason)).equals(pa.array([True] * len(ok))):
         raise VerifyError(f"{where}: `_reason` must be given just where `_status` is not ok")
+
+
+def _check_texts(made: pa.RecordBatch, column: str, where: str) -> None:
+    counted = pc.is_valid(pc.struct_field(made["_texts"], "output"))
+    if not counted.equals(pc.is_valid(made[column])):
+        raise VerifyError(f"{where}: `_texts` must count an output just where `{column}` holds one")
 
 
 def _check_stamp(stamp: Stamp, shard: Shard, counts: Counts, url: str) -> None:

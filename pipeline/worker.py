@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -30,7 +31,12 @@ from pipeline.attempts import (
     read_crashes,
 )
 from pipeline.config import AccountingConfig, JobConfig, ReplicaRange
-from pipeline.counting import CountTokens, TextCounter, load_baseline, load_tokenizer
+from pipeline.counting import (
+    CountTokens,
+    TextCounter,
+    load_baseline,
+    load_tokenizer,
+)
 from pipeline.engine import Engine, EngineGone, check_options, start_engine
 from pipeline.errors import (
     AxbatchError,
@@ -40,8 +46,9 @@ from pipeline.errors import (
     RowFailed,
     RowRejected,
     StorageError,
+    place_of,
 )
-from pipeline.generate import EngineGenerate
+from pipeline.generate import EngineGenerate, expected_length
 from pipeline.lanes import Lane, yarn_lane
 from pipeline.lease import Watch
 from pipeline.ledger import leave_reading
@@ -51,11 +58,17 @@ from pipeline.model import resolve_model
 from pipeline.parts import Stamp, commit_part, read_part_counts, result_table
 from pipeline.reaper import guard_children
 from pipeline.receipt import NOT_BEGUN, encode_receipt
-from pipeline.records import DEFERRED, Counts, Output, Receipt, Row, Unit
+from pipeline.records import DEFERRED, Completion, Counts, Output, Receipt, Row, Unit
+from pipeline.repeats import Repeats
+from pipeline.schedule import Schedule
 from pipeline.source import decode_unit
 from pipeline.storage import Folder
 from pipeline.task import LongTextTask
 from pipeline.tokens import RowText
+
+COLLECT_AFTER = 50_000
+"""Objects that are new, before Python looks for cycles among them, in place of 700: thousands of
+rows are begun at once, and to go through their objects again and again took a fifth of all time."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,6 @@ class Worker:
         self._task = load_task(spec.job)
         self._output = spec.output
         self._sampling = spec.job.sampling.body()
-        self._turns = Turns()
         self._counting = Lock()
         self._failure: AxbatchError | EngineGone | None = None
         try:
@@ -111,16 +123,19 @@ class Worker:
             if isinstance(error, EngineError) and may_start_again(machine_folder(), spec.run):
                 self._failure = EngineGone(str(error.args[0]))
             return
+        gc.set_threshold(COLLECT_AFTER)
         self._clean = RowText(self._engine.control_tokens)
+        wanted = spec.job.schedule
+        self._schedule = Schedule(self._engine.max_num_seqs, wanted.longest_first)
+        self._ask = Repeats(self._compute).ask if wanted.reuse_answers else self._ask_anew
         self._metrics = Metrics(spec.job.name, spec.lane.name, self._engine.max_num_seqs)
 
     async def __call__(self, block: pa.Table) -> dict[str, list[str]]:
         try:
             if self._failure:
                 raise self._failure
-            if await asyncio.to_thread(self._spec.watch.says_stop):
-                return {"receipt": [NOT_BEGUN]}
-            return {"receipt": [encode_receipt(await self._do_unit(block))]}
+            receipt = await self._do_unit(block)
+            return {"receipt": [encode_receipt(receipt) if receipt else NOT_BEGUN]}
         except AxbatchError as error:
             return {"receipt": [error.to_json()]}
         except EngineGone as gone:
@@ -136,7 +151,8 @@ class Worker:
                     )
             os._exit(1)
 
-    async def _do_unit(self, block: pa.Table) -> Receipt:
+    async def _do_unit(self, block: pa.Table) -> Receipt | None:
+        """None if it has not begun, as the watch says stop."""
         started = time.monotonic()
         unit, fingerprint, table = decode_unit(block)
         rows = _rows_of(table)
@@ -149,7 +165,11 @@ class Worker:
         elif is_suspect(crashes):
             counts = await self._do_suspect(unit, fingerprint, rows, crashes, done)
         else:
-            async with self._turns.together():
+            async with self._schedule.together(unit.rows):
+                started = time.monotonic()
+                if await asyncio.to_thread(self._spec.watch.says_stop):
+                    self._schedule.finished(unit.rows)
+                    return None
                 outputs = await self._run_rows(unit, rows, alone=False)
             counts = await asyncio.to_thread(self._commit, unit, fingerprint, rows, outputs)
         seconds, reading = time.monotonic() - started, self._engine.meter.read()
@@ -167,7 +187,7 @@ class Worker:
         """Piece by piece with nothing else in the engine, each committed at once: the pieces that
         are done stay done when the next one kills the engine."""
         counts = Counts()
-        async with self._turns.alone():
+        async with self._schedule.alone():
             for piece in pieces(unit, crashes):
                 if piece in done:
                     counts.add(done[piece])
@@ -193,6 +213,7 @@ class Worker:
         and every AxbatchError that is no RowError."""
         generate = EngineGenerate(
             self._engine,
+            self._ask,
             self._sampling,
             self._clean,
             longest=self._spec.lane.longest,
@@ -214,12 +235,24 @@ class Worker:
         except Exception as error:
             # A bug in a task kind is this row's trouble, not the job's.
             output = Output(None, "failed", f"task_error: {bug_of(error)}")
-        return replace(
-            output,
+        finally:
+            self._schedule.finished(rows=1)
+        return output._replace(
             usage=generate.usage,
             cut=generate.cut,
             reasoning_tokens=generate.reasoning_tokens,
         )
+
+    async def _ask_anew(self, body: Mapping[str, Any]) -> tuple[Completion, bool]:
+        return await self._compute(body), False
+
+    async def _compute(self, body: Mapping[str, Any]) -> Completion:
+        """The engine's answer, once it is this request's turn."""
+        await self._schedule.request(expected_length(body))
+        try:
+            return await self._engine.chat(body)
+        finally:
+            self._schedule.answered()
 
     def _commit(
         self,
@@ -230,10 +263,14 @@ class Worker:
     ) -> Counts:
         counts = Counts()
         results = _encodable(outputs)
-        for output in results:
-            counts.count(output)
+        counts.count(*results)
+        column, texts = self._spec.job.output.column, None
+        columns = self._columns(rows, results)
         with self._counting:
-            counts.account.texts = self._texts.count(self._columns(rows, results), unit.start)
+            if self._spec.job.accounting.rows:
+                counts.account.texts, texts = self._texts.count_rows(columns, column)
+            else:
+                counts.account.texts = self._texts.count(columns, unit.start)
         stamp = Stamp(
             identity=self._spec.identity,
             shard=unit.shard,
@@ -243,8 +280,7 @@ class Worker:
             counts=counts,
             run=self._spec.run,
         )
-        column = self._spec.job.output.column
-        table = result_table(results, column, self._task.output_type)
+        table = result_table(results, column, self._task.output_type, texts)
         commit_part(self._output, stamp, table)
         return counts
 
@@ -260,42 +296,6 @@ class Worker:
             ]
             columns |= {name: [row.get(name) for row in given] for name in self._task.columns}
         return columns
-
-
-class Turns:
-    """Who may use the engine: many units together, or one alone."""
-
-    def __init__(self) -> None:
-        self._inside = 0
-        self._alone = 0
-        """Units that wait to be alone, or are; none else may enter."""
-        self._changed = asyncio.Condition()
-
-    @asynccontextmanager
-    async def together(self) -> AsyncIterator[None]:
-        async with self._entered(lambda: not self._alone):
-            yield
-
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        self._alone += 1
-        async with self._entered(lambda: not self._inside):
-            try:
-                yield
-            finally:
-                self._alone -= 1
-
-    @asynccontextmanager
-    async def _entered(self, may_enter: Callable[[], bool]) -> AsyncIterator[None]:
-        async with self._changed:
-            await self._changed.wait_for(may_enter)
-            self._inside += 1
-        try:
-            yield
-        finally:
-            async with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
 
 
 def _start_engine(spec: WorkerSpec) -> Engine:
@@ -357,11 +357,9 @@ def checked(output: Any, value_type: pa.DataType) -> Output:
 
 
 def bug_of(error: Exception) -> str:
-    """Its type and place; not its message, which may quote the row, unless it is our own."""
+    """Its type and place; or its message, if that is our own."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    if frame.name == checked.__name__:
-        return str(error)
-    return f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
+    return str(error) if frame.name == checked.__name__ else place_of(error)
 
 
 def _encodable(outputs: Sequence[Output]) -> list[Output]:
@@ -369,21 +367,20 @@ def _encodable(outputs: Sequence[Output]) -> list[Output]:
     return [
         output
         if _is_utf8(output.value)
-        else replace(output, value=None, status="failed", reason="invalid_utf8")
+        else output._replace(value=None, status="failed", reason="invalid_utf8")
         for output in outputs
     ]
 
 
 def _is_utf8(value: Any) -> bool:
     """Whether all text in `value` is, at any depth."""
-    if isinstance(value, Mapping):
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+    elif isinstance(value, Mapping):
         return all(_is_utf8(key) and _is_utf8(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple):
         return all(map(_is_utf8, value))
-    if not isinstance(value, str):
-        return True
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
     return True

@@ -1,12 +1,14 @@
-"""What several test files share: a job, an input file, a committed part, a real S3 server."""
+"""What several test files share: jobs prepared on disk, their files and parts, a real S3 server."""
+
+from __future__ import annotations
 
 import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,11 +20,18 @@ from hypothesis import settings
 from jobs import load_task
 from pipeline.accounting import Usage
 from pipeline.config import JobConfig, ModelConfig, identity_fields, identity_hash
+from pipeline.engine import Engine
+from pipeline.generate import Ask
+from pipeline.merging import republish
 from pipeline.model import DEMO_MODEL
 from pipeline.parts import Stamp, commit_part, result_table
-from pipeline.plan import Plan, make_plan
-from pipeline.records import Counts, Output, Unit
+from pipeline.plan import Plan, Retry, make_plan, plan_retry
+from pipeline.publishing import Publisher
+from pipeline.records import Completion, Counts, Output, Receipt, Unit
 from pipeline.storage import Folder
+
+if TYPE_CHECKING:
+    from tests.batches import Batch
 
 settings.register_profile("axbatch", deadline=None, database=None, max_examples=50)
 settings.load_profile("axbatch")
@@ -59,6 +68,15 @@ async def demo() -> AsyncIterator[Any]:
     engine = VllmEngine(ModelConfig(id=str(DEMO_MODEL), engine=options), cpus=2)
     yield engine
     engine.close()
+
+
+def asking(engine: Engine) -> Ask:
+    """Whatever is asked, the engine computes it at once."""
+
+    async def ask(body: Mapping[str, Any]) -> tuple[Completion, bool]:
+        return await engine.chat(body), False
+
+    return ask
 
 
 def make_job(folder: Path, **changes: dict[str, Any]) -> JobConfig:
@@ -118,6 +136,68 @@ def commit_unit(
     return commit_part(output, stamp, result_table(outputs, "ko", pa.string()))
 
 
+class PreparedJob:
+    """A job on disk whose rows are done without an engine; `sections` as for `make_job`."""
+
+    def __init__(self, folder: Path, **sections: dict[str, Any]) -> None:
+        self.folder = folder
+        self.config = make_job(folder, **sections)
+        self.output = Folder(self.config.output.path)
+
+    def changed(self, **sections: dict[str, Any]) -> PreparedJob:
+        """Another job on the same files."""
+        return PreparedJob(self.folder, **sections)
+
+    def write(self, name: str, data: pa.Table | dict[str, Any], **options: Any) -> Path:
+        """An input file, as `write_table` writes it."""
+        return write_table(self.folder / "in" / name, data, **options)
+
+    def path(self, name: str) -> Path:
+        """Of an output file."""
+        return Path(self.output.url) / name
+
+    def table(self, name: str) -> pa.Table:
+        return pq.read_table(self.path(name))
+
+    def plan(self) -> Plan:
+        return make_plan_of(self.config)
+
+    def plan_retry(self, status: str | None = None, reason: str | None = None) -> Plan:
+        return plan_retry(self.plan(), self.output, Retry(status, reason))
+
+    def commit(self, plan: Plan, unit: Unit, outputs: Sequence[Output] | None = None) -> None:
+        """A unit of the plan, with `some_outputs` if none are given."""
+        planned = next(shard for shard in plan.shards if shard.key == unit.shard)
+        commit_unit(self.output, unit, plan.identity, planned.shard.fingerprint, outputs)
+
+    def redo(self, plan: Plan, unit: Unit, text: str = "again") -> None:
+        """Commit a unit of a retry, in which no row fails."""
+        usage = Usage(1, 1, 1, 1)
+        self.commit(plan, unit, [Output(f"{text} {n}", usage=usage) for n in range(unit.rows)])
+
+    def publisher(self, plan: Plan, run: str = "run") -> Publisher:
+        return Publisher(plan, self.output, load_task(self.config), "ko", run)
+
+    def run(self, run: str = "run") -> Counts:
+        """Commit and publish all that is pending, as the driver does."""
+        plan = self.plan()
+        with self.publisher(plan, run) as publisher:
+            for shard in plan.shards:
+                for unit in shard.units():
+                    self.commit(plan, unit)
+                    receipt = Receipt(unit, Counts(), "worker", 1.0)
+                    publisher.received(receipt)
+                    publisher.received(receipt)  # a lost worker's unit may come twice
+        return publisher.counts
+
+    def republish(self, plan: Plan, run: str = "second") -> None:
+        """What a retry has done again."""
+        for planned in plan.shards:
+            shard = planned.shard
+            assert shard.selected is not None
+            republish(self.output, shard.name, shard.selected, planned.key, run)
+
+
 @pytest.fixture(scope="session")
 def job() -> Callable[..., JobConfig]:
     return make_job
@@ -141,6 +221,42 @@ def outputs() -> Callable[[str, int, int], list[Output]]:
 @pytest.fixture(scope="session")
 def commit() -> Callable[..., bool]:
     return commit_unit
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PreparedJob]:
+    """Makes a job in a folder of its own, with an input file of these texts if any are given."""
+
+    def make(texts: Sequence[str | None] | None = None, **sections: dict[str, Any]) -> PreparedJob:
+        job = PreparedJob(tmp_path_factory.mktemp("job"), **sections)
+        if texts is not None:
+            job.write("a.parquet", {"text": texts})
+        return job
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def published(prepared: Callable[..., PreparedJob]) -> Callable[[], PreparedJob]:
+    """Makes a job with two published files of 60 rows, every seventh row rejected, some failed."""
+
+    def make() -> PreparedJob:
+        job = prepared(input={"rows_per_unit": 4})
+        for name in ("a", "b"):
+            texts = {"text": [f"{name} {row}" for row in range(60)]}
+            job.write(f"{name}.parquet", texts, row_group_size=13)
+        job.run("first")
+        return job
+
+    return make
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Batch:
+    """A job on Batch API files."""
+    from tests.batches import Batch  # with Ray, which most tests do without
+
+    return Batch(tmp_path)
 
 
 @pytest.fixture(scope="session")

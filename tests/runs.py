@@ -161,6 +161,13 @@ class Run:
         return Path(self._err.name).read_text()
 
 
+def printed(job: Job, *arguments: str) -> str:
+    """What a command prints. Fails unless its exit code is 0."""
+    run = job.start(*arguments)
+    assert run.wait() == 0, run.errors
+    return run.printed
+
+
 def engines_among(family: list[psutil.Process]) -> list[psutil.Process]:
     """The processes that vLLM started: EngineCore and its workers."""
     found = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -30,7 +31,6 @@ from pipeline.accounting import (
     bucket_of,
     bucket_start,
 )
-from pipeline.config import JobConfig
 from pipeline.merging import publish, republish
 from pipeline.parts import (
     FOOTER_KEY,
@@ -44,10 +44,9 @@ from pipeline.parts import (
     result_table,
     retry_key,
 )
-from pipeline.plan import Plan
 from pipeline.records import DEFERRED, Counts, Output, Unit
 from pipeline.storage import Folder
-from tests.test_retry import Published
+from tests.conftest import PreparedJob
 
 # --- sums ------------------------------------------------------------------------------------
 
@@ -279,7 +278,7 @@ class Shard:
 def output_of(row: int) -> Output:
     usage = Usage(1, 10 + row, 2, 3)
     made = Output("a", usage=usage, cut=usage, reasoning_tokens=1)
-    return made if row % 5 != 4 else replace(made, value=None, status="rejected", reason="x")
+    return made if row % 5 != 4 else made._replace(value=None, status="rejected", reason="x")
 
 
 ranges = st.tuples(st.integers(0, ROWS), st.integers(0, ROWS)).filter(lambda r: r[0] < r[1])
@@ -321,7 +320,8 @@ def test_no_row_counts_twice_where_parts_of_two_runs_overlap(
         if all((start, stop) == other or other[1] <= start or stop <= other[0] for other in parts)
     ]  # fmt: skip
     assert {*alone} <= {*counted}, "a part that overlaps with none counts whole"
-    assert published.prompts.total() == published.reasoning_tokens == len(counted)
+    assert published.reasoning_tokens == len(counted)
+    assert published.prompts.total() == published.completions.total() == ROWS
 
 
 @settings(max_examples=20)
@@ -353,11 +353,13 @@ def test_retry_adds_what_it_took_and_keeps_what_was_in_vain(tmp_path: Path) -> N
     assert first.wasted == vain
 
     spent = Usage(1, 5, 0, 5)
-    mended = shard.retry([4, 9, 19], [Output("b", usage=spent)] * 2 + [replace(output_of(4))])
+    mended = shard.retry([4, 9, 19], [Output("b", usage=spent)] * 2 + [output_of(4)])
     assert mended.wasted == vain + output_of(4).usage, "two are mended, one was in vain again"
     assert mended.texts["text"] == first.texts["text"], "the input's texts count once"
     assert mended.texts["ko"].texts == first.texts["ko"].texts + 2
-    assert mended.prompts.total() == mended.completions.total() == ROWS + 3
+    took = {row: 10 + row for row in range(ROWS)} | {4: 14 + 5, 9: 19 + 5, 19: 29 + 14}
+    assert mended.prompts == Counter(map(bucket_of, took.values())), "each row once, all its tries"
+    assert mended.completions.total() == ROWS
     assert mended.cut == first.cut + output_of(4).cut
 
     again = shard.retry([14, 19], [Output("b", usage=spent)] * 2)
@@ -367,14 +369,10 @@ def test_retry_adds_what_it_took_and_keeps_what_was_in_vain(tmp_path: Path) -> N
 
 
 def test_files_made_before_there_was_accounting_are_read_and_retried(
-    tmp_path: Path,
-    job: Callable[..., JobConfig],
-    plan: Callable[[JobConfig], Plan],
-    write_parquet: Callable[..., Path],
-    commit: Callable[..., bool],
+    published: Callable[[], PreparedJob],
 ) -> None:
-    made = Published(tmp_path, job, plan, write_parquet, commit)
-    path = Path(made.output.url) / "a.parquet"
+    made = published()
+    path = made.path("a.parquet")
     table = pq.read_table(path)
     footer = json.loads(pq.read_metadata(path).metadata[FOOTER_KEY.encode()])
     assert footer["counts"].pop("account")["wasted"]["requests"] > 0
@@ -386,8 +384,7 @@ def test_files_made_before_there_was_accounting_are_read_and_retried(
     retry = made.plan_retry("failed")
     for shard in retry.shards:
         for unit in shard.units():
-            made.commit(retry, unit)
+            made.redo(retry, unit)
     made.republish(retry)
     new = read_stamp(made.output, "a.parquet")
-    redone = next(shard.shard for shard in retry.shards if shard.shard.name == "a.parquet")
-    assert new is not None and new.counts.account.prompts == {bucket_of(1): redone.rows}
+    assert new is not None and new.counts.account.prompts.total() == 60

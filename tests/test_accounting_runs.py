@@ -15,9 +15,9 @@ from pipeline.accounting import Usage
 from pipeline.model import DEMO_MODEL
 from pipeline.parts import read_stamp
 from pipeline.storage import Folder
+from tests.lanes_job import LanesJob
 from tests.openai_server import Body, OpenAIServer, Reply, answer, serving, text_of
 from tests.runs import Job
-from tests.test_lanes import LanesJob
 
 
 def report_of(job: Job) -> dict[str, Any]:
@@ -76,7 +76,8 @@ def test_mended_rows_keep_what_their_first_attempt_took(tmp_path: Path) -> None:
         accounting = {"tokenizer": str(DEMO_MODEL), "sample": 1.0}
         job = Job(tmp_path, model=model, accounting=accounting, limits={"max_failed_fraction": 0.5})
         job.module = "tests.faults.without_ray"
-        texts = [None, "", *["bad"] * 3, *["good"] * 7]
+        bad, good = [f"bad {row}" for row in range(3)], [f"good {row}" for row in range(7)]
+        texts = [None, "", *bad, *good]
         job.write_input("a.parquet", pa.table({"en": texts}))
         job.run()
         before = report_of(job)

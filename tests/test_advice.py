@@ -11,9 +11,10 @@ from jobs import load_task
 from pipeline.accounting import Interval
 from pipeline.config import JobConfig
 from pipeline.forecast.advice import advise
-from pipeline.forecast.capacity import GPUS, ModelShape, fit_of, smallest_tensor_parallel
+from pipeline.forecast.capacity import ModelShape, fit_of, smallest_tensor_parallel
 from pipeline.forecast.estimate import estimate_job
 from pipeline.forecast.figures import Estimate, LaneWork, Room, TokenEstimate
+from pipeline.forecast.gpus import GPUS
 from pipeline.lanes import Lane
 from pipeline.plan import Plan
 from pipeline.storage import Folder
@@ -34,7 +35,7 @@ def on_gpus(job: JobConfig, accelerator: str = "H100", tokens: float = 420.0) ->
     smallest = smallest_tensor_parallel(AX, gpu, engine, tokens, 256)
     room = Room(Lane("native", job.model), gpu, fit_of(AX, gpu, engine), tokens, smallest)
     work = Interval(100.0, 120.0, 140.0)
-    lane = LaneWork(Lane("native", job.model), 1_000_000, 1e6, work, tokens - 120, 16)
+    lane = LaneWork(Lane("native", job.model), 1_000_000, 1e6, work, tokens - 120, 16, 4_000)
     figures = TokenEstimate(
         source="a tokenizer", is_exact=True, requests=Interval(1e6, 1e6, 1e6),
         prompt=Interval(3e8, 3e8, 3e8), completion=Interval(1e8, 1.2e8, 1.4e8),

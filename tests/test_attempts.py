@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,16 +32,12 @@ from pipeline.attempts import (
 from pipeline.engine import EngineGone
 from pipeline.engine.echo import EchoEngine
 from pipeline.errors import EngineError
-from pipeline.lanes import first_lane
-from pipeline.lease import Watch
 from pipeline.parts import missing_ranges, parts_among
-from pipeline.receipt import decode_receipt
 from pipeline.records import Completion, Counts, Receipt, Unit
-from pipeline.source import encode_unit
 from pipeline.storage import Folder
-from pipeline.worker import Turns, Worker, WorkerSpec
+from pipeline.worker import Worker
 from tests.conftest import make_job
-from tests.faults.without_ray import ONE
+from tests.workers import do_unit, spec_here
 
 ranges = st.tuples(st.integers(0, 300), st.integers(1, 300)).map(lambda p: (p[0], p[0] + p[1]))
 
@@ -141,31 +136,19 @@ def test_only_the_rows_that_kill_engines_fail(
         raise Died
 
     monkeypatch.setattr(worker.os, "_exit", die)
-    monkeypatch.setattr(worker, "machine_folder", lambda: tmp_path / "machine")
-    monkeypatch.setattr(worker, "guard_children", lambda lock: None)
-    monkeypatch.setattr(worker, "redirect_output", lambda log: None)
-    monkeypatch.setattr(worker, "start_engine", lambda model, cpus, silence: Fragile(model))
-    log = tmp_path / "log"
-    log.touch()
-    output = Folder(str(tmp_path / "out"))
-    watch = Watch(output, "run")
-    job, share = make_job(tmp_path), ONE
-    spec = WorkerSpec(
-        job, first_lane(job.model), "identity", "run", log, share, output, watch, is_retry=False
-    )
+    spec = spec_here(make_job(tmp_path), tmp_path, monkeypatch, Fragile)
     texts = [f"poison {i}" if i in poison else f"text {i}" for i in range(256)]
     units = [Unit("in.parquet", start, start + 64) for start in range(0, 256, 64)]
-    blocks = {
-        unit: encode_unit(unit, "1:x", pa.table({"text": texts[unit.start : unit.stop]}))
-        for unit in units
-    }
 
     async def live(waiting: list[Unit]) -> None:
         """One worker's life: all units at once, as Ray hands them out. Its end ends them all."""
         alive = Worker(spec)
 
         async def do(unit: Unit) -> None:
-            receipts.append(decode_receipt((await alive(blocks[unit]))["receipt"][0]))
+            rows = {"text": texts[unit.start : unit.stop]}
+            receipt = await do_unit(alive, unit, rows)
+            assert receipt
+            receipts.append(receipt)
 
         with suppress(Died):
             await asyncio.gather(*map(do, waiting))
@@ -185,30 +168,6 @@ def test_only_the_rows_that_kill_engines_fail(
     output = Folder(spec.job.output.path)
     assert missing_ranges(256, parts_among(output.list())["in.parquet"]) == []
     assert lives <= 1 + 4 * len(poison), "twice among others, once in its piece, once alone"
-
-
-def test_turns() -> None:
-    async def play() -> list[str]:
-        turns, said = Turns(), []
-
-        async def use(name: str, turn: Any) -> None:
-            async with turn:
-                said.append(f"+{name}")
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
-                said.append(f"-{name}")
-
-        await asyncio.gather(
-            use("a", turns.together()), use("b", turns.together()),
-            use("C", turns.alone()), use("D", turns.alone()), use("e", turns.together()),
-        )  # fmt: skip
-        return said
-
-    said = asyncio.run(play())
-    assert sorted(said[:2]) == ["+a", "+b"]
-    for name in "CD":
-        assert said.index(f"-{name}") == said.index(f"+{name}") + 1, "nobody else was inside"
-    assert len(said) == 10
 
 
 def test_is_suspect() -> None:

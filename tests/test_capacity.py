@@ -9,11 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import ModelConfig
 from pipeline.errors import ModelError
 from pipeline.forecast.capacity import (
-    GPUS,
-    MAX_NUM_SEQS,
     Fit,
     Floor,
     ModelShape,
@@ -22,6 +19,7 @@ from pipeline.forecast.capacity import (
     floor,
     smallest_tensor_parallel,
 )
+from pipeline.forecast.gpus import GPUS
 from pipeline.model import DEMO_MODEL
 
 AX31 = Path(__file__).parents[2] / "shared" / "data" / "ax31"
@@ -345,7 +343,3 @@ def test_options_without_figures_are_refused(option: dict[str, Any]) -> None:
     (name,) = option
     with pytest.raises(ModelError, match=rf"model\.engine\.{name}: "):
         fit_of(AX, H100, option)
-
-
-def test_max_num_seqs_is_the_job_files_default() -> None:
-    assert ModelConfig(id="demo").max_num_seqs == MAX_NUM_SEQS

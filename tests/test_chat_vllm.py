@@ -21,6 +21,7 @@ from pipeline.errors import RowRejected
 from pipeline.generate import EngineGenerate
 from pipeline.records import Completion, Message, Output
 from pipeline.tokens import RowText
+from tests.conftest import asking
 from tests.test_vllm import token_ids
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
@@ -42,7 +43,7 @@ async def answered(
     clean = RowText(demo.control_tokens)
     source = {} if "body" in keys else {"messages": "talk"}
     task = Chat.model_validate({"kind": "chat", **source, **keys})
-    generate = EngineGenerate(demo, sampling or GREEDY, clean)
+    generate = EngineGenerate(demo, asking(demo), sampling or GREEDY, clean)
     return await task.run(clean({"talk": talk}), generate)
 
 

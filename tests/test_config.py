@@ -64,6 +64,7 @@ def test_defaults(job_file: Path) -> None:
     assert job.sampling.body() == {"temperature": 0.0, "max_tokens": 1024}
     assert job.cluster.range == ReplicaRange(min=1, max=1)
     assert job.cluster.address is None
+    assert job.schedule.longest_first and job.schedule.reuse_answers
     assert job.limits.max_failed_fraction == 0.01
 
 
@@ -138,6 +139,9 @@ def test_wrong_override(override: str, job_file: Path) -> None:
         ("limits.max_failed", "limits.max_failed: unknown key",
          "Did you mean `max_failed_fraction`?"),
         ("cluster.replica", "cluster.replica: unknown key", "Did you mean `replicas`?"),
+        ("schedule.longest", "schedule.longest: unknown key", "Did you mean `longest_first`?"),
+        ("schedule.reuse_answer", "schedule.reuse_answer: unknown key",
+         "Did you mean `reuse_answers`?"),
         ("output.zzz", "output.zzz: unknown key", "Known keys here: column, path."),
     ],
 )  # fmt: skip
@@ -245,6 +249,7 @@ def test_identity_changes_with(key: str, value: Any) -> None:
         ("input.rows_per_unit", 32), ("output.path", "elsewhere"),
         ("cluster.replicas", 8), ("cluster.replicas", {"min": 1, "max": 8}),
         ("cluster.address", "auto"), ("cluster.cpus_per_replica", 4),
+        ("schedule.longest_first", False), ("schedule.reuse_answers", False),
         ("limits.max_failed_fraction", 0.5),
         ("model.engine.tensor_parallel_size", 8), ("model.engine.pipeline_parallel_size", 2),
         ("model.engine.max_num_seqs", 16), ("model.engine.max_num_batched_tokens", 4096),

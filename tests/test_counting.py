@@ -20,6 +20,7 @@ from pipeline.accounting import Sample, Script, TextCounts
 from pipeline.config import AccountingConfig
 from pipeline.counting import (
     BUDGET,
+    LEARNING_CHARACTERS,
     LEARNING_ROWS,
     CountTokens,
     TextCounter,
@@ -71,6 +72,18 @@ def test_a_share_is_every_nth_row_however_units_are_cut(
     assert total.texts == sum(sizes)
     assert total.sample.texts == total.sample.model == len(asked)
     assert total.characters == sum(len(str(row)) for row in range(sum(sizes)))
+
+
+@given(unit_sizes, st.sampled_from([("0.3", 3, 10), ("0.66", 33, 50), ("0.999", 999, 1000)]))
+def test_a_share_that_is_not_every_nth_row_is_that_share(
+    sizes: list[int], share: tuple[str, int, int]
+) -> None:
+    given, counted, of = share
+    sizes = [*sizes, 3 * of - sum(sizes) % of]
+    total = counted_rows(TextCounter(row_of, None, float(given)), sizes)
+    assert total.sample.texts == counted * sum(sizes) // of
+    alike = counted_rows(TextCounter(row_of, None, float(given)), [sum(sizes)])
+    assert total == alike, "however units are cut"
 
 
 def never(text: str) -> int:
@@ -185,6 +198,26 @@ def test_auto_first_counts_enough_to_know_what_a_row_takes(rows: int, units: int
     for _ in range(units + 5):
         clocks.unit(rows, 1.0)
     assert clocks.rows == max(LEARNING_ROWS, rows * units if rows < LEARNING_ROWS else 0)
+
+
+def test_auto_learns_from_no_more_text_than_a_commit_can_wait_for() -> None:
+    asked: list[int] = []
+    clocks = Clocks(0.0)
+
+    def count(text: str) -> int:
+        asked.append(len(text))
+        return 1
+
+    counter = TextCounter(count, None, "auto", lambda: clocks.now, lambda: clocks.worked)
+    long, huge = "a" * (LEARNING_CHARACTERS // 2), "a" * (3 * LEARNING_CHARACTERS)
+    counter.count({"text": [huge, *[long] * 7]})
+    assert asked == [len(long)] * 2, "a huge one not, of the others what fits"
+    clocks.now = 60.0
+    counter.count({"text": [huge, *[long] * 7]})
+    assert asked == [len(long)] * 4, "as much again in a minute"
+    clocks.now = 240.0
+    counter.count({"text": [huge]})
+    assert asked[4:] == [len(huge)], "its time has come"
 
 
 def test_auto_spreads_what_it_can_afford() -> None:

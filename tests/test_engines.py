@@ -22,6 +22,7 @@ from pipeline.meter import Meter
 from pipeline.model import DEMO_MODEL
 from pipeline.records import Completion
 from pipeline.tokens import RowText
+from tests.conftest import asking
 from tests.openai_server import OpenAIServer, Reply, answer, error, serving
 
 SYSTEM = {"role": "system", "content": "Answer with the translation only."}
@@ -347,7 +348,8 @@ def test_ranks_never_share_a_core_while_there_are_enough(held: set[int], ranks: 
 
 
 async def test_a_rows_usage_is_the_sum_of_its_requests_also_of_those_at_once() -> None:
-    generate = EngineGenerate(echo(seconds_per_request=0.001), {"max_tokens": 5}, RowText())
+    engine = echo(seconds_per_request=0.001)
+    generate = EngineGenerate(engine, asking(engine), {"max_tokens": 5}, RowText())
     await asyncio.gather(*(generate([{"role": "user", "content": "a b"}]) for _ in range(20)))
     assert generate.usage == Usage(20, 40, 0, 40)
     assert (generate.max_tokens, generate.max_model_len) == (5, 32_768)

@@ -22,7 +22,7 @@ from pipeline.forecast.estimate import estimate_job
 from pipeline.generate import EngineGenerate
 from pipeline.storage import Folder
 from pipeline.tokens import RowText
-from tests.conftest import make_job, make_plan_of
+from tests.conftest import asking, make_job, make_plan_of
 
 pytestmark = [
     pytest.mark.engine,
@@ -78,7 +78,7 @@ async def test_actual_tokens_are_inside_the_planned_interval(
         clean = RowText(demo.control_tokens)
 
         async def used(text: str, job: Any = job, task: Any = task, clean: Any = clean) -> Usage:
-            generate = EngineGenerate(demo, job.sampling.body(), clean)
+            generate = EngineGenerate(demo, asking(demo), job.sampling.body(), clean)
             with suppress(RowError):
                 await task.run({"text": clean(text)}, generate)
             return generate.usage

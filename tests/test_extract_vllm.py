@@ -21,7 +21,7 @@ from pipeline.model import DEMO_MODEL
 from pipeline.parts import result_table
 from pipeline.records import Output
 from pipeline.tokens import RowText
-from tests.conftest import CPU_OPTIONS
+from tests.conftest import CPU_OPTIONS, asking
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -75,9 +75,10 @@ async def test_nested_data_of_every_text_is_valid_and_typed(tmp_path: Path) -> N
     options = {**CPU_OPTIONS, "structured_outputs_config": WITHOUT_BLANKS}
     engine = VllmEngine(ModelConfig(id=str(DEMO_MODEL), engine=options), cpus=2)
     task = Extract.model_validate({"kind": "extract", "text": "text", "schema": SCHEMA})
+    sampling = {"temperature": 0.0, "max_tokens": 384}
 
     async def extracted(text: str) -> Output:
-        generate = EngineGenerate(engine, {"temperature": 0.0, "max_tokens": 384}, RowText())
+        generate = EngineGenerate(engine, asking(engine), sampling, RowText())
         return await task.run({"text": text}, generate)
 
     outputs = await asyncio.gather(*map(extracted, texts(60)))

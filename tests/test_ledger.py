@@ -249,6 +249,18 @@ def test_dead_engine_is_taken_over_once(run: Run) -> None:
     assert run.ledger.up_s == 18, "it stays dead"
 
 
+def test_readings_of_the_dead_are_dropped_once_they_are_told(run: Run) -> None:
+    leave_reading(run.output, "another", "b:1", Reading(times(1), 1, 2))
+    run.die("a:1", at=18, up=18, engine=times(4))
+    run.at(25)
+    run.ledger.read_the_dead()
+    run.ledger.forget_the_dead()
+    assert [entry.path for entry in run.output.list(ENGINES)] == [f"{ENGINES}/another/b-1.json"]
+    run.ledger.read_the_dead()
+    run.ledger.forget_the_dead()
+    assert run.ledger.engine == times(4)
+
+
 def test_engine_that_died_before_its_first_receipt_is_known_too(tmp_path: Path) -> None:
     run = Run(tmp_path, gpus=2)
     run.die("a:1", at=18, up=6, engine=times(4))

@@ -477,6 +477,18 @@ def test_plan_of_a_running_job_is_projected() -> None:
     assert "projected from the 43% of the rows" in page
 
 
+def test_plan_is_compared_row_for_row_where_the_input_has_grown_since() -> None:
+    example = report()
+    example["rows"] |= {"all": 2_000_000, "done": 2_000_000, "ok": 1_993_120}
+    example["tokens"] |= {"prompt": 602_469_134, "completion": 224_691_356}
+    page = render_page(example)
+    assert "602,469,134 in all, 301.2M for as many rows as were planned" in page
+    assert "planned 295M to 305M; inside" in page
+    assert "planned 92M to 110M; 2.1% above" in page
+    assert "scaled to as many rows: 2,000,000 are done" in page
+    assert "scaled to as many rows" not in render_page(report())
+
+
 @pytest.mark.parametrize(("workers", "shown"), [(3, "3"), (11, "8")])
 def test_environment_tells_replicas_that_were_there(workers: int, shown: str) -> None:
     job = JobConfig.model_validate({

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
@@ -485,7 +484,7 @@ def test_result_table_holds_the_outputs_row_for_row(values: list[str | None]) ->
     def make() -> Iterator[Output]:
         for n, value in enumerate(values):
             made = Output(value, "ok" if value is not None else "rejected", None, Usage(n, 1, 2, 3))
-            yield made if value is not None else replace(made, reason="null")
+            yield made if value is not None else made._replace(reason="null")
 
     table = result_table(list(make()), "ko", pa.string())
     assert table.num_rows == len(values)

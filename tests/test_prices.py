@@ -56,6 +56,20 @@ def test_tokens_cost_the_same_whoever_computes_them_and_lost_ones_too() -> None:
     assert made["basis"] == "0.5 in, 2 out USD per million tokens"
 
 
+@pytest.mark.parametrize(
+    ("keys", "basis"),
+    [
+        ({"gpu_hour": 3_456_789.5, "currency": "KRW"}, "3,456,789.5 KRW per GPU-hour"),
+        (
+            {"input": 1_234_567.0, "output": 0.0375},
+            "1,234,567 in, 0.0375 out USD per million tokens",
+        ),
+    ],
+)
+def test_no_digit_of_a_price_is_lost(keys: dict[str, Any], basis: str) -> None:
+    assert spent(prices=keys)["basis"] == basis
+
+
 def test_costs_add_up() -> None:
     for keys in (BY_HOUR, BY_TOKEN):
         prices = AccountingConfig.model_validate({"prices": keys}).prices

@@ -5,57 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
-from jobs import load_task
-from pipeline.config import JobConfig
 from pipeline.errors import RefusedError
-from pipeline.plan import Plan
 from pipeline.publishing import Publisher
 from pipeline.records import Counts, Receipt, Unit
-from pipeline.storage import Folder
+from tests.conftest import PreparedJob
 
 
 class Running:
     """A job of two files of 40 rows, its plan, and its units committed one by one."""
 
-    def __init__(
-        self,
-        folder: Path,
-        job: Callable[..., JobConfig],
-        plan: Callable[[JobConfig], Plan],
-        write_parquet: Callable[..., Path],
-        commit: Callable[..., bool],
-    ) -> None:
-        self.input = [folder / "in" / name for name in ("a.parquet", "b.parquet")]
-        for path in self.input:
-            write_parquet(path, {"text": [str(row) for row in range(40)]})
-        self.job = job(folder, input={"rows_per_unit": 10})
-        self.plan = plan(self.job)
-        self.output = Folder(self.job.output.path)
-        self._commit = commit
+    def __init__(self, job: PreparedJob) -> None:
+        self.job = job
+        self.input = [
+            job.write(name, {"text": [str(row) for row in range(40)]})
+            for name in ("a.parquet", "b.parquet")
+        ]
+        self.plan = job.plan()
 
     def publisher(self) -> Publisher:
-        return Publisher(self.plan, self.output, load_task(self.job), "ko", "run")
+        return self.job.publisher(self.plan)
 
     def receipts(self, shard: int) -> list[Receipt]:
-        planned = self.plan.shards[shard]
-        units = list(planned.units())
+        units = list(self.plan.shards[shard].units())
         for unit in units:
-            self._commit(self.output, unit, self.plan.identity, planned.shard.fingerprint)
+            self.job.commit(self.plan, unit)
         return [Receipt(unit, Counts(), "here:1", 0.0) for unit in units]
 
 
 @pytest.fixture
-def running(
-    tmp_path: Path,
-    job: Callable[..., JobConfig],
-    plan: Callable[[JobConfig], Plan],
-    write_parquet: Callable[..., Path],
-    commit: Callable[..., bool],
-) -> Running:
-    return Running(tmp_path, job, plan, write_parquet, commit)
+def running(prepared: Callable[..., PreparedJob]) -> Running:
+    return Running(prepared(input={"rows_per_unit": 10}))
 
 
 def test_shard_is_published_only_with_its_last_receipt_and_repeated_ones_count_once(
@@ -65,25 +46,23 @@ def test_shard_is_published_only_with_its_last_receipt_and_repeated_ones_count_o
         first, *others = running.receipts(0)
         for receipt in [first, first, first, first, *others[:-1]]:
             publisher.received(receipt)
-    assert not Path(running.output.url, "a.parquet").exists()
+    assert not running.job.path("a.parquet").exists()
 
     with running.publisher() as publisher:
         for receipt in running.receipts(0):
             publisher.received(receipt)
-    assert pq.read_table(Path(running.output.url, "a.parquet")).num_rows == 40
+    assert running.job.table("a.parquet").num_rows == 40
     assert publisher.counts.rows == 40
 
 
-def test_shards_complete_before_the_run_are_published_by_it(
-    running: Running, plan: Callable[[JobConfig], Plan]
-) -> None:
+def test_shards_complete_before_the_run_are_published_by_it(running: Running) -> None:
     running.receipts(0)
     running.receipts(1)
-    running.plan = plan(running.job)
+    running.plan = running.job.plan()
     with running.publisher() as publisher:
         pass
     assert publisher.counts.rows == 80
-    assert not plan(running.job).unpublished
+    assert not running.job.plan().unpublished
 
 
 def test_input_replaced_while_the_job_runs_is_refused_and_stops_it(
@@ -94,23 +73,19 @@ def test_input_replaced_while_the_job_runs_is_refused_and_stops_it(
     with pytest.raises(RefusedError, match=r"a\.parquet"), running.publisher() as publisher:
         for receipt in receipts:
             publisher.received(receipt)
-    assert not Path(running.output.url, "a.parquet").exists()
+    assert not running.job.path("a.parquet").exists()
 
 
-def test_parts_that_outlived_their_publishing_are_dropped(
-    running: Running, plan: Callable[[JobConfig], Plan], commit: Callable[..., bool]
-) -> None:
+def test_parts_that_outlived_their_publishing_are_dropped(running: Running) -> None:
     with running.publisher() as publisher:
         for receipt in running.receipts(0):
             publisher.received(receipt)
-    planned = running.plan.shards[0]
-    unit, fingerprint = Unit(planned.key, 0, 10), planned.shard.fingerprint
-    commit(running.output, unit, running.plan.identity, fingerprint)
-    running.plan = plan(running.job)
+    running.job.commit(running.plan, Unit(running.plan.shards[0].key, 0, 10))
+    running.plan = running.job.plan()
     with running.publisher():
         pass
-    assert not running.output.list("_axbatch/parts")
-    assert pq.read_table(Path(running.output.url, "a.parquet")).num_rows == 40
+    assert not running.job.output.list("_axbatch/parts")
+    assert running.job.table("a.parquet").num_rows == 40
 
 
 def test_input_replaced_after_its_rows_were_done_is_not_published(
@@ -122,4 +97,4 @@ def test_input_replaced_after_its_rows_were_done_is_not_published(
     with refused, running.publisher() as publisher:
         for receipt in receipts:
             publisher.received(receipt)
-    assert not running.output.exists("a.parquet")
+    assert not running.job.output.exists("a.parquet")

@@ -13,77 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.accounting import Usage
-from pipeline.config import JobConfig
 from pipeline.errors import RefusedError
-from pipeline.merging import publish, republish
-from pipeline.parts import Stamp, read_stamp, result_fields
-from pipeline.plan import Plan, Retry, plan_retry
-from pipeline.records import Counts, Output, Unit
-from pipeline.storage import Folder
+from pipeline.parts import read_stamp
+from pipeline.plan import Plan
+from tests.conftest import PreparedJob
 from tests.openai_server import Body, OpenAIServer, Reply, answer, error, serving, text_of
 from tests.runs import Job
 
 ROWS = 60
-FIELDS = result_fields("ko", pa.string())
-
-
-class Published:
-    """Two published files of 60 rows, every seventh row rejected, others failed; see conftest."""
-
-    def __init__(
-        self,
-        folder: Path,
-        job: Callable[..., JobConfig],
-        plan: Callable[[JobConfig], Plan],
-        write_parquet: Callable[..., Path],
-        commit: Callable[..., bool],
-    ) -> None:
-        for name in ("a", "b"):
-            texts = {"text": [f"{name} {row}" for row in range(ROWS)]}
-            write_parquet(folder / f"in/{name}.parquet", texts, row_group_size=13)
-        self.job = job(folder, input={"rows_per_unit": 4})
-        self.output = Folder(self.job.output.path)
-        self._plan, self._commit = plan, commit
-        for shard in self.plan().shards:
-            for unit in shard.units():
-                commit(self.output, unit, self.plan().identity, shard.shard.fingerprint)
-        for shard in self.plan().shards:
-            file, fingerprint = shard.shard, shard.shard.fingerprint
-            stamp = Stamp(self.plan().identity, file.name, fingerprint, 0, ROWS, Counts(), "first")
-            unchanged = file.check_unchanged
-            publish(file.source, file.path, self.output, stamp, shard.key, FIELDS, unchanged)
-
-    def plan(self) -> Plan:
-        return self._plan(self.job)
-
-    def plan_retry(self, status: str | None = None, reason: str | None = None) -> Plan:
-        return plan_retry(self.plan(), self.output, Retry(status, reason))
-
-    def table(self, name: str) -> pa.Table:
-        return pq.read_table(Path(self.output.url) / name)
-
-    def commit(self, plan: Plan, unit: Unit, text: str = "again") -> None:
-        planned = next(shard for shard in plan.shards if shard.key == unit.shard)
-        rows = [Output(f"{text} {row}", usage=Usage(1, 1, 1, 1)) for row in range(unit.rows)]
-        self._commit(self.output, unit, plan.identity, planned.shard.fingerprint, rows)
-
-    def republish(self, plan: Plan, run: str = "second") -> None:
-        for planned in plan.shards:
-            shard = planned.shard
-            assert shard.selected is not None
-            republish(self.output, shard.name, shard.selected, planned.key, run)
-
-
-@pytest.fixture(scope="session")
-def published(
-    tmp_path_factory: pytest.TempPathFactory,
-    job: Callable[..., JobConfig],
-    plan: Callable[[JobConfig], Plan],
-    write_parquet: Callable[..., Path],
-    commit: Callable[..., bool],
-) -> Callable[[], Published]:
-    return lambda: Published(tmp_path_factory.mktemp("published"), job, plan, write_parquet, commit)
+"""Of each of the two files of `published`."""
 
 
 @pytest.mark.parametrize(
@@ -98,7 +36,7 @@ def published(
     ],
 )
 def test_plan_has_exactly_the_wanted_rows(
-    published: Callable[[], Published], status: str | None, reason: str | None, wanted: set[str]
+    published: Callable[[], PreparedJob], status: str | None, reason: str | None, wanted: set[str]
 ) -> None:
     job = published()
     plan = job.plan_retry(status, reason)
@@ -113,22 +51,22 @@ def test_plan_has_exactly_the_wanted_rows(
 @settings(max_examples=15)
 @given(data=st.data())
 def test_only_the_wanted_rows_change_however_often_it_is_interrupted(
-    published: Callable[[], Published], data: st.DataObject
+    published: Callable[[], PreparedJob], data: st.DataObject
 ) -> None:
     job = published()
     before = job.table("a.parquet")
-    untouched = Path(job.output.url, "b.parquet").read_bytes()
+    untouched = job.path("b.parquet").read_bytes()
     plan = job.plan_retry("failed")
     plan = Plan(plan.identity, [s for s in plan.shards if s.shard.name == "a.parquet"])
     units = [unit for shard in plan.shards for unit in shard.units()]
     done = data.draw(st.sets(st.sampled_from(units)))
     for unit in done:
-        job.commit(plan, unit, "early")
+        job.redo(plan, unit, "early")
 
     resumed = job.plan_retry("failed").shards[0]
     assert {*resumed.units()} == {*units} - done, "what is done stays done"
     for unit in resumed.units():
-        job.commit(plan, unit, "late")
+        job.redo(plan, unit, "late")
     job.republish(plan)
 
     made = job.table("a.parquet")
@@ -145,7 +83,7 @@ def test_only_the_wanted_rows_change_however_often_it_is_interrupted(
         assert (new["text"], new["_status"], new["_reason"]) == (old["text"], "ok", None)
         assert new["_usage"] == usage, "all that a row's attempts took"
     assert made.schema.equals(before.schema, check_metadata=False)
-    assert Path(job.output.url, "b.parquet").read_bytes() == untouched
+    assert job.path("b.parquet").read_bytes() == untouched
     stamp = read_stamp(job.output, "a.parquet")
     assert stamp is not None and (stamp.run, stamp.stop) == ("second", ROWS)
     assert stamp.counts.statuses["failed"] == 0 and stamp.counts.rows == ROWS
@@ -154,17 +92,17 @@ def test_only_the_wanted_rows_change_however_often_it_is_interrupted(
 
 
 def test_parts_that_outlived_their_retry_are_never_merged_again(
-    published: Callable[[], Published],
+    published: Callable[[], PreparedJob],
 ) -> None:
     job = published()
     plan = job.plan_retry("rejected")
     units = [unit for shard in plan.shards for unit in shard.units()]
     for unit in units:
-        job.commit(plan, unit)
+        job.redo(plan, unit)
     job.republish(plan)
     made = job.table("a.parquet")
     for unit in units:  # as if the driver had died before it dropped them
-        job.commit(plan, unit, "leftover")
+        job.redo(plan, unit, "leftover")
     assert not job.plan_retry("rejected").shards
     with pytest.raises(RefusedError, match="published again meanwhile"):
         job.republish(plan)

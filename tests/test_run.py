@@ -169,7 +169,7 @@ def test_hopeless_job_is_stopped_and_no_other(
 def test_hopeless_run_ends_early_and_goes_on_with_another_limit(tmp_path: Path) -> None:
     job = job_with_input(tmp_path, {**SLOW, "engine": {"seconds_per_request": 0.02}}, [])
     job.write_input("a.parquet", pa.table({"en": pa.nulls(20_000, pa.string())}))
-    job.write_input("b.parquet", pa.table({"en": ["text"] * 20_000}))
+    job.write_input("b.parquet", pa.table({"en": [f"text {row}" for row in range(20_000)]}))
     run = job.start("run")
     assert run.wait() == 3
     assert "of this run's" in run.errors and "rejected: null" in run.errors

@@ -11,79 +11,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import load_task
-from pipeline.config import JobConfig
 from pipeline.errors import AxbatchError, RefusedError, VerifyError
 from pipeline.parts import FOOTER_KEY, Stamp
-from pipeline.plan import Plan
-from pipeline.publishing import Publisher
-from pipeline.records import Counts, Output, Receipt, Unit
+from pipeline.records import Counts, Output, Unit
 from pipeline.status import read_status
-from pipeline.storage import Folder
 from pipeline.verify import verify_output
+from tests.conftest import PreparedJob
 
 ROWS = 40
 Edit = Callable[[pa.Table], pa.Table]
 
 
-class Job:
-    """A small job on disk, run without an engine."""
+def verify(job: PreparedJob) -> Counts:
+    return verify_output(job.plan(), job.output, "ko")
 
-    def __init__(
-        self,
-        config: JobConfig,
-        plan: Callable[[JobConfig], Plan],
-        commit: Callable[..., bool],
-        write: Callable[..., Path],
-    ) -> None:
-        self.config, self.output = config, Folder(config.output.path)
-        self._plan, self._commit, self._write = plan, commit, write
 
-    def write(self, name: str, data: pa.Table | dict[str, Any], **options: Any) -> None:
-        self._write(Path(self.config.input.paths[0]) / name, data, **options)
-
-    def run(self) -> Counts:
-        """Commit and publish all that is pending, as the driver does."""
-        plan = self._plan(self.config)
-        with Publisher(plan, self.output, load_task(self.config), "ko", "run") as publisher:
-            for shard in plan.shards:
-                for unit in shard.units():
-                    self._commit(self.output, unit, plan.identity, shard.shard.fingerprint)
-                    receipt = Receipt(unit, Counts(), "worker", 1.0)
-                    publisher.received(receipt)
-                    publisher.received(receipt)  # a lost worker's unit may come twice
-        return publisher.counts
-
-    def verify(self) -> Counts:
-        return verify_output(self._plan(self.config), self.output, "ko")
-
-    def plan(self) -> Plan:
-        return self._plan(self.config)
-
-    def path(self, name: str) -> Path:
-        return Path(self.output.url) / name
-
-    def spoil(self, name: str, edit: Edit) -> None:
-        """Rewrite an output file, with its footer."""
-        key = FOOTER_KEY.encode()
-        footer = {key: pq.read_metadata(self.path(name)).metadata[key]}
-        table = edit(pq.read_table(self.path(name)).replace_schema_metadata(footer))
-        pq.write_table(table, self.path(name), write_page_checksum=True)
+def spoil(job: PreparedJob, name: str, edit: Edit) -> None:
+    """Rewrite an output file, with its footer."""
+    key = FOOTER_KEY.encode()
+    footer = {key: pq.read_metadata(job.path(name)).metadata[key]}
+    table = edit(job.table(name).replace_schema_metadata(footer))
+    pq.write_table(table, job.path(name), write_page_checksum=True)
 
 
 @pytest.fixture
-def a_job(
-    tmp_path: Path,
-    job: Callable[..., JobConfig],
-    plan: Callable[[JobConfig], Plan],
-    commit: Callable[..., bool],
-    write_parquet: Callable[..., Path],
-) -> Job:
-    return Job(job(tmp_path, input={"rows_per_unit": 7}), plan, commit, write_parquet)
+def a_job(prepared: Callable[..., PreparedJob]) -> PreparedJob:
+    return prepared(input={"rows_per_unit": 7})
 
 
 @pytest.fixture
-def done(a_job: Job) -> Job:
+def done(a_job: PreparedJob) -> PreparedJob:
     """A job with two published shards."""
     for name in ("a.parquet", "sub/b.parquet"):
         a_job.write(name, {"id": range(ROWS), "text": [f"text {n}" for n in range(ROWS)]})
@@ -92,24 +49,24 @@ def done(a_job: Job) -> Job:
 
 
 def test_published_output_is_accepted_and_counted(
-    done: Job, outputs: Callable[..., list[Output]]
+    done: PreparedJob, outputs: Callable[..., list[Output]]
 ) -> None:
     expected = Counts()
     for name in ("a.parquet", "sub/b.parquet"):
         for row in outputs(name, 0, ROWS):
             expected.count(row)
-    assert done.verify() == done.run() == expected
+    assert verify(done) == done.run() == expected
     assert read_status(done.plan(), done.output).counts == expected
 
 
-def test_publishing_leaves_nothing_pending_and_no_parts(done: Job) -> None:
+def test_publishing_leaves_nothing_pending_and_no_parts(done: PreparedJob) -> None:
     assert done.plan().pending_rows == 0
     assert [entry.path for entry in done.output.list()] == ["a.parquet", "sub/b.parquet"]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4_095, 4_096, 4_097, 9_000])
 @pytest.mark.parametrize("group_rows", [100, 5_000])
-def test_files_of_any_size_are_accepted(a_job: Job, rows: int, group_rows: int) -> None:
+def test_files_of_any_size_are_accepted(a_job: PreparedJob, rows: int, group_rows: int) -> None:
     texts = pa.array([f"{n}" for n in range(rows)], pa.string())
     kinds = pa.array([f"kind {n // 11 % 5}" for n in range(rows)], pa.string())
     a_job.config = a_job.config.model_copy(
@@ -118,7 +75,7 @@ def test_files_of_any_size_are_accepted(a_job: Job, rows: int, group_rows: int) 
     table = pa.table({"text": texts, "kind": kinds.dictionary_encode()})
     a_job.write("a.parquet", table, row_group_size=group_rows)
     a_job.run()
-    assert a_job.verify().rows == rows
+    assert verify(a_job).rows == rows
 
 
 @pytest.mark.parametrize(
@@ -141,13 +98,13 @@ def test_files_of_any_size_are_accepted(a_job: Job, rows: int, group_rows: int) 
         }.items()
     ],
 )
-def test_nan_is_the_same_as_itself(a_job: Job, values: list[Any]) -> None:
+def test_nan_is_the_same_as_itself(a_job: PreparedJob, values: list[Any]) -> None:
     rows = 900
     column = pa.array([values[n % len(values)] for n in range(rows)])
     table = pa.table({"text": [str(n) for n in range(rows)], "value": column})
     a_job.write("a.parquet", table, row_group_size=70)
     a_job.run()
-    assert a_job.verify().rows == rows
+    assert verify(a_job).rows == rows
 
 
 def set_cell(name: str, row: int, value: Any) -> Edit:
@@ -237,27 +194,27 @@ SPOILT: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("way", SPOILT)
-def test_spoilt_output_is_rejected_and_named(done: Job, way: str) -> None:
+def test_spoilt_output_is_rejected_and_named(done: PreparedJob, way: str) -> None:
     edit, message = SPOILT[way]
-    done.verify()
-    done.spoil("sub/b.parquet", edit)
+    verify(done)
+    spoil(done, "sub/b.parquet", edit)
     with pytest.raises(VerifyError) as raised:
-        done.verify()
+        verify(done)
     assert message in str(raised.value)
     assert str(done.path("sub/b.parquet")) in str(raised.value)
 
 
 @pytest.mark.parametrize("column", ["ko", "_status", "_reason", "_usage"])
-def test_output_without_a_result_column_is_rejected(done: Job, column: str) -> None:
-    done.spoil("a.parquet", lambda table: table.drop_columns([column]))
+def test_output_without_a_result_column_is_rejected(done: PreparedJob, column: str) -> None:
+    spoil(done, "a.parquet", lambda table: table.drop_columns([column]))
     with pytest.raises(VerifyError, match=column):
-        done.verify()
+        verify(done)
 
 
-def test_output_with_a_column_too_many_is_rejected(done: Job) -> None:
-    done.spoil("a.parquet", lambda table: table.append_column("more", table["id"]))
+def test_output_with_a_column_too_many_is_rejected(done: PreparedJob) -> None:
+    spoil(done, "a.parquet", lambda table: table.append_column("more", table["id"]))
     with pytest.raises(VerifyError, match="more"):
-        done.verify()
+        verify(done)
 
 
 def stamped(change: Callable[[Stamp], Stamp]) -> Edit:
@@ -288,43 +245,42 @@ def one_more(stamp: Stamp) -> Stamp:
     ],
 )
 def test_footer_that_is_wrong_is_rejected(
-    done: Job, change: Callable[[Stamp], Stamp], message: str
+    done: PreparedJob, change: Callable[[Stamp], Stamp], message: str
 ) -> None:
-    done.spoil("a.parquet", stamped(change))
+    spoil(done, "a.parquet", stamped(change))
     with pytest.raises(VerifyError, match=rf"a\.parquet.*{message}"):
-        done.verify()
+        verify(done)
 
 
 @pytest.mark.parametrize("change", [{"identity": "another"}, {"fingerprint": "1:x"}])
-def test_footer_of_another_job_or_input_is_refused(done: Job, change: dict[str, str]) -> None:
-    done.spoil("a.parquet", stamped(lambda stamp: replace(stamp, **change)))
-    with pytest.raises(RefusedError, match=r"a\.parquet"):
-        done.verify()
-
-
-def test_shard_that_is_not_published_is_named_with_what_it_lacks(
-    done: Job, commit: Callable[..., bool]
+def test_footer_of_another_job_or_input_is_refused(
+    done: PreparedJob, change: dict[str, str]
 ) -> None:
+    spoil(done, "a.parquet", stamped(lambda stamp: replace(stamp, **change)))
+    with pytest.raises(RefusedError, match=r"a\.parquet"):
+        verify(done)
+
+
+def test_shard_that_is_not_published_is_named_with_what_it_lacks(done: PreparedJob) -> None:
     done.write("c.parquet", {"text": [str(n) for n in range(ROWS)]})
     plan = done.plan()
     planned = next(shard for shard in plan.shards if shard.shard.name == "c.parquet")
-    unit = Unit(planned.key, 0, 7)
-    commit(done.output, unit, plan.identity, planned.shard.fingerprint)
+    done.commit(plan, Unit(planned.key, 0, 7))
     with pytest.raises(VerifyError, match=r"c\.parquet: not published, 33 of 40 rows"):
-        done.verify()
+        verify(done)
     status = read_status(done.plan(), done.output)
     assert not status.is_done
     assert status.counts.rows == 2 * ROWS + 7
 
 
-def test_deleted_output_file_is_found_and_redone(done: Job) -> None:
-    before = pq.read_table(done.path("a.parquet"))
+def test_deleted_output_file_is_found_and_redone(done: PreparedJob) -> None:
+    before = done.table("a.parquet")
     done.path("a.parquet").unlink()
     with pytest.raises(VerifyError, match=r"a\.parquet: not published, 40 of 40 rows"):
-        done.verify()
+        verify(done)
     done.run()
-    assert pq.read_table(done.path("a.parquet")).equals(before)
-    assert done.verify().rows == 2 * ROWS
+    assert done.table("a.parquet").equals(before)
+    assert verify(done).rows == 2 * ROWS
 
 
 def flip_last_bit(path: Path, column: int) -> None:
@@ -337,21 +293,20 @@ def flip_last_bit(path: Path, column: int) -> None:
 
 
 @pytest.mark.parametrize("column", range(5))
-def test_flipped_bit_is_found_by_its_checksum(done: Job, column: int) -> None:
+def test_flipped_bit_is_found_by_its_checksum(done: PreparedJob, column: int) -> None:
     flip_last_bit(done.path("a.parquet"), column)
     with pytest.raises(VerifyError, match=r"out/a\.parquet: not readable"):
-        done.verify()
+        verify(done)
 
 
-def test_damaged_input_is_not_blamed_on_the_output(a_job: Job) -> None:
+def test_damaged_input_is_not_blamed_on_the_output(a_job: PreparedJob) -> None:
     table = pa.table({"text": [str(n) for n in range(ROWS)]})
-    a_job.write("a.parquet", table, write_page_checksum=True)
-    path = Path(a_job.config.input.paths[0]) / "a.parquet"
+    path = a_job.write("a.parquet", table, write_page_checksum=True)
     before = path.stat()
     a_job.run()
     flip_last_bit(path, 0)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # a disk's fault leaves no trace
     with pytest.raises(AxbatchError) as raised:
-        a_job.verify()
+        verify(a_job)
     assert str(path) in str(raised.value)
     assert f"Delete {a_job.path('a.parquet')}" not in str(raised.value)

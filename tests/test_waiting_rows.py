@@ -25,7 +25,8 @@ from pipeline.run import check_hope
 from pipeline.status import read_status
 from pipeline.storage import Folder
 from tests.conftest import commit_unit, make_job, make_plan_of, write_table
-from tests.test_lanes import LanesJob, printed
+from tests.lanes_job import LanesJob
+from tests.runs import printed
 
 # --- what is on storage while rows wait ------------------------------------------------------
 

@@ -12,6 +12,15 @@ from pipeline.errors import EngineError
 from pipeline.meter import Meter
 from pipeline.records import Completion
 
+DEFAULT_CONTEXT = 32_768
+"""Tokens of prompt and answer together, where neither the job nor the engine says how many."""
+
+
+def half_of_bytes(text: str) -> int:
+    """Tokens of a text where nobody can be asked: about twice what is true of prose, in any of the
+    common tokenizers. No bound: the densest text (base64, rare scripts) may have more."""
+    return (len(text.encode("utf-8", "replace")) + 1) // 2
+
 
 class EngineGone(Exception):
     """The engine died. Its worker must leave, so that another one takes the units."""

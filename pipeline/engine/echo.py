@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.accounting import Usage
-from pipeline.config import ModelConfig, Section
+from pipeline.config import MAX_NUM_SEQS, ModelConfig, Section
+from pipeline.engine import DEFAULT_CONTEXT
 from pipeline.errors import RowRejected
 from pipeline.job_file import parse_section
 from pipeline.meter import Meter
@@ -33,10 +34,10 @@ class EchoOptions(Section):
     seconds_per_completion_token: float = Field(0.0, ge=0)
     """c"""
 
-    max_num_seqs: int = Field(256, ge=1)
+    max_num_seqs: int = Field(MAX_NUM_SEQS, ge=1)
     """Requests that take their time at once."""
 
-    max_model_len: int = Field(32_768, ge=1)
+    max_model_len: int = Field(DEFAULT_CONTEXT, ge=1)
     """Tokens of prompt and answer together."""
 
 
@@ -68,7 +69,7 @@ class EchoEngine:
         texts = _texts(body)
         answer = texts[-1]
         words = answer.split()
-        prompt = sum(len(text.split()) for text in texts)
+        prompt = len(words) + sum(map(self.count_tokens, texts[:-1]))
         if prompt + 1 > options.max_model_len:
             raise RowRejected(f"too_long: {prompt} tokens of {options.max_model_len}")
         limit = min(int(body.get("max_tokens", len(words))), options.max_model_len - prompt)

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from pipeline.accounting import Usage
 from pipeline.config import ModelConfig, Section
+from pipeline.engine import DEFAULT_CONTEXT, half_of_bytes
 from pipeline.errors import EngineError, RowFailed, RowRejected
 from pipeline.job_file import parse_section
 from pipeline.meter import Meter
@@ -25,10 +26,6 @@ GONE = (
     openai.PermissionDeniedError,
     openai.NotFoundError,
 )
-
-
-UNKNOWN_CONTEXT = 32_768
-"""Taken for the model's context where neither the job nor the server says one."""
 
 
 class HttpOptions(Section):
@@ -69,12 +66,10 @@ class HttpEngine:
             timeout=options.timeout,
             max_retries=options.max_retries,
         )
-        self.max_model_len = options.max_model_len or served or UNKNOWN_CONTEXT
+        self.max_model_len = options.max_model_len or served or DEFAULT_CONTEXT
 
     def count_tokens(self, text: str) -> int:
-        """Half as many as UTF-8 bytes: about twice what is true of prose, in any of the common
-        tokenizers. No bound: the densest text (base64, rare scripts) may have more."""
-        return (len(text.encode("utf-8", "replace")) + 1) // 2
+        return half_of_bytes(text)
 
     async def chat(self, body: Mapping[str, Any]) -> Completion:
         known = {"messages", "temperature", "max_tokens", "top_p", "seed", "stop",

@@ -129,10 +129,12 @@ def _of_prompts(job: JobConfig, tokens: TokenEstimate) -> Iterator[str]:
 
 
 def _of_limits(job: JobConfig, estimate: Estimate, tokens: TokenEstimate) -> Iterator[str]:
-    allowed, not_ok = job.limits.max_failed_fraction, sum(tokens.not_ok.values())
-    if not_ok > allowed * estimate.rows:
+    """The limit is a share of all rows, those that are done included."""
+    allowed, rows = job.limits.max_failed_fraction, estimate.rows + estimate.done
+    not_ok = sum(tokens.not_ok.values()) + estimate.done_not_ok
+    if not_ok > allowed * rows:
         yield (
-            f"about {percent(not_ok / estimate.rows)} of the rows can't be done, and "
+            f"about {percent(not_ok / rows)} of the rows can't be done, and "
             f"`limits.max_failed_fraction` is {percent(allowed)}: the run is likely to end with "
             "exit 3"
         )

@@ -38,7 +38,7 @@ from pipeline.forecast.sketch import (
     facts_of,
     load_tokens,
 )
-from pipeline.lanes import first_lane, own_context, yarn_lane
+from pipeline.lanes import deferred_unit, first_lane, own_context, yarn_lane
 from pipeline.plan import Plan
 from pipeline.prices import TokenRatios
 from pipeline.storage import Folder
@@ -77,14 +77,17 @@ def estimate_job(job: JobConfig, task: Task, plan: Plan, output: Folder) -> Esti
         covers,
         len(scale.rows),
         len({row.place for row in scale.rows}),
-        scale.total(lambda row: row.facts.characters),
-        scale.share_of(lambda row: row.facts.is_decomposed),
-        _repeated(scale),
+        characters=scale.total(lambda row: row.facts.characters),
+        decomposed=scale.share_of(lambda row: row.facts.is_decomposed),
+        duplicates=_repeated(scale),
     )
+    if covers != "all" and done.total.rows:
+        share = done.total.not_ok / done.total.rows
+        estimate = replace(estimate, done=plan.done_rows, done_not_ok=share * plan.done_rows)
     if covers == "to do" and plan.waiting_rows:
         missing.append(f"{plan.waiting_rows:,} rows that wait for the YaRN engine: left out")
     if sketcher and scale.rows:
-        tokens = _tokens(job, sketcher, scale, done)
+        tokens = _tokens(job, sketcher, scale, done, sum(span.units for span in spans))
         estimate = with_time(replace(estimate, tokens=tokens), job, output, missing)
         estimate = with_cost(estimate, job, missing)
     if done.is_enough:
@@ -126,14 +129,18 @@ def _without_model(sample: RowSample) -> list[SketchedRow]:
     return [SketchedRow(place, "native", facts=facts_of(row)) for place, row in sample.rows]
 
 
-def _tokens(job: JobConfig, sketcher: Sketcher, scale: Scale, done: DoneRows) -> TokenEstimate:
+def _tokens(
+    job: JobConfig, sketcher: Sketcher, scale: Scale, done: DoneRows, units: int
+) -> TokenEstimate:
+    """`units` are the first lane's."""
     counter, expected = sketcher.tokens, sketcher.task.expected_answer
 
     def total(value: Callable[[SketchedRequest], float]) -> Interval:
         return scale.total(lambda row: sum(map(value, row.requests)))
 
+    has_tries = job.model.backend != "echo" and not expected.is_unknown
     prompt = total(lambda request: request.prompt)
-    if job.model.backend != "echo" and not expected.is_unknown:
+    if has_tries:
         prompt = product(prompt, SECOND_TRIES)
     low, mid, high = (
         total(lambda request, end=end: request.answers * getattr(request, end))  # type: ignore[misc]
@@ -145,6 +152,8 @@ def _tokens(job: JobConfig, sketcher: Sketcher, scale: Scale, done: DoneRows) ->
         mid.mid,
         mid.mid + math.hypot(high.mid - mid.mid, mid.high - mid.mid),
     )
+    if has_tries:
+        completion = product(completion, SECOND_TRIES)
     if done.is_enough:
         answers = "measured"
         if any(expected.per_token):
@@ -176,7 +185,7 @@ def _tokens(job: JobConfig, sketcher: Sketcher, scale: Scale, done: DoneRows) ->
         prompt=prompt,
         completion=completion,
         answers=answers,
-        lanes=tuple(_lanes(job, sketcher, scale, completion, cached)),
+        lanes=tuple(_lanes(job, sketcher, scale, completion, cached, units)),
         not_ok=_not_ok(scale),
         deferred=scale.count(lambda row: row.is_deferred),
         cut={overflow: cut} if cut else {},
@@ -216,7 +225,12 @@ def _ratios(
 
 
 def _lanes(
-    job: JobConfig, sketcher: Sketcher, scale: Scale, completion: Interval, cached: float
+    job: JobConfig,
+    sketcher: Sketcher,
+    scale: Scale,
+    completion: Interval,
+    cached: float,
+    units: int,
 ) -> list[LaneWork]:
     of_all = sum(r.answers * r.mid for row in scale.rows for r in row.requests) * scale.factor
     lanes = []
@@ -225,20 +239,22 @@ def _lanes(
         requests = [request for row in rows for request in row.requests]
         if not rows:
             continue
-        lane = sketcher.lane
+        lane, of_lane, in_lane = sketcher.lane, round(len(rows) * scale.factor), units
         if name != lane.name:
-            lane = yarn_lane(job.model, max(row.needs for row in rows))
+            longest = max(row.needs for row in rows)
+            lane, in_lane = yarn_lane(job.model, longest), -(-of_lane // deferred_unit(longest))
         count = max(1, len(requests))
         mid = sum(request.answers * request.mid for request in requests) / count
         prompt = sum(request.prompt for request in requests) / count
         lanes.append(
             LaneWork(
                 lane=lane,
-                rows=round(len(rows) * scale.factor),
+                rows=of_lane,
                 requests=len(requests) * scale.factor,
                 work=Interval(*(mid * each / max(1e-9, of_all) for each in completion)),
                 prompt=prompt,
                 cached=min(cached, max(0.0, prompt - 1)),
+                units=max(1, in_lane),
             )
         )
     return lanes

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from pipeline.accounting import Interval
-from pipeline.forecast.capacity import Fit, Gpu, Work
+from pipeline.forecast.capacity import Fit, Work
+from pipeline.forecast.gpus import Gpu
 from pipeline.forecast.intervals import NOTHING
 from pipeline.lanes import Lane
 from pipeline.prices import TokenRatios
@@ -27,6 +28,8 @@ class LaneWork:
     prompt: float
     cached: float
     """Of the prompt, tokens that all requests begin with: from the prefix cache."""
+    units: int
+    """That its rows come in, about; each is one replica's."""
 
     def works(self) -> tuple[Work, Work, Work]:
         """With the fewest completion tokens that are likely, with about as many, with the most."""
@@ -108,6 +111,10 @@ class Estimate:
     covers: Covers
     sampled: int = 0
     places: int = 0
+    done: int = 0
+    """Rows beside these that are done already."""
+    done_not_ok: float = 0.0
+    """Of these, about so many came out not ok."""
     characters: Interval = NOTHING
     """Of the columns that the task reads."""
     decomposed: float = 0.0

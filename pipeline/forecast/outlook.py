@@ -10,14 +10,9 @@ from typing import Any
 from pipeline.accounting import Interval, Usage
 from pipeline.config import JobConfig
 from pipeline.errors import ModelError
-from pipeline.forecast.capacity import (
-    GPUS,
-    ModelShape,
-    fit_of,
-    floor,
-    smallest_tensor_parallel,
-)
+from pipeline.forecast.capacity import ModelShape, fit_of, floor, smallest_tensor_parallel
 from pipeline.forecast.figures import ComparedCost, Duration, Estimate, LaneWork, Room
+from pipeline.forecast.gpus import GPUS
 from pipeline.forecast.intervals import NOTHING
 from pipeline.lanes import Lane
 from pipeline.model import read_config
@@ -88,18 +83,17 @@ def _computed(estimate: Estimate, job: JobConfig, shape: ModelShape) -> Duration
     assert estimate.tokens is not None and job.cluster.accelerator is not None
     gpu = GPUS[job.cluster.accelerator]
     seconds, of_gpus = [0.0] * 3, [0.0] * 3
-    for lane in estimate.tokens.lanes:
+    replicas = [min(job.cluster.range.max, lane.units) for lane in estimate.tokens.lanes]
+    for lane, of_lane in zip(estimate.tokens.lanes, replicas, strict=True):
         fewest, likely, most = (
             floor(shape, gpu, _engine(lane.lane), work) for work in lane.works()
         )
         for end, each in enumerate((fewest.best, likely.realistic, most.realistic)):
-            seconds[end] += lane.requests * each
+            seconds[end] += lane.requests * each / of_lane
             of_gpus[end] += lane.requests * each * lane.lane.model.world_size
     if not all(map(math.isfinite, seconds)):
         return None
-    replicas = job.cluster.range.max
-    wall = Interval(*(each / replicas for each in seconds))
-    return Duration(wall, Interval(*of_gpus), replicas, "computed")
+    return Duration(Interval(*seconds), Interval(*of_gpus), max(replicas), "computed")
 
 
 def _measured(estimate: Estimate, job: JobConfig, output: Folder) -> Duration | None:
@@ -114,6 +108,7 @@ def _measured(estimate: Estimate, job: JobConfig, output: Folder) -> Duration | 
             # Among its workers are those that took others' places.
             had = max(1, min(record["workers"], record["replicas"]))
             replicas = max(job.cluster.range.min, min(had, job.cluster.range.max))
+            replicas = min(replicas, max(lane.units for lane in estimate.tokens.lanes))
             pace = record["seconds"] / tokens * had / replicas
             pairs = zip(estimate.tokens.prompt, estimate.tokens.completion, strict=True)
             wall = Interval(*(pace * (prompt + completion) for prompt, completion in pairs))

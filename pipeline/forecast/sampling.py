@@ -49,6 +49,12 @@ class Span(NamedTuple):
     def rows(self) -> int:
         return self.stop - self.start
 
+    @property
+    def units(self) -> int:
+        """As `ShardPlan.units` cuts them."""
+        size = self.shard.rows_per_unit
+        return -(-self.stop // size) - self.start // size
+
 
 class SampledRow(NamedTuple):
     """A row, and the place that it is of."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pydantic_core
@@ -22,6 +23,7 @@ from jinja2 import TemplateError
 from pipeline.accounting import Usage
 from pipeline.config import JobConfig, ModelConfig
 from pipeline.counting import CountTokens, load_baseline, load_tokenizer, texts_in
+from pipeline.engine import DEFAULT_CONTEXT, half_of_bytes
 from pipeline.errors import (
     AxbatchError,
     ModelError,
@@ -43,8 +45,6 @@ CACHE_BLOCK = 16
 """Tokens of a block of vLLM's prefix cache: only whole ones are found again."""
 COUNTED_TEXTS = 1_024
 """That are not counted again: cutting, asking and comparing each want to know."""
-DEFAULT_CONTEXT = 32_768
-"""Of engines that are not asked here: http's where the job names none, and echo's own."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ def load_tokens(job: JobConfig) -> PromptTokens:
     if model.backend == "vllm":
         model_id = resolve_model(model).id
         if not named:
-            return _of_tokenizer(model_id, "model.id", model.backend, model.revision)
+            return _of_engine(model, model_id)
     if named:
         return _of_tokenizer(named, "accounting.tokenizer", model.backend)
     if model.backend == "echo":
@@ -111,7 +111,7 @@ def load_tokens(job: JobConfig) -> PromptTokens:
         )
     stand_in = load_baseline(job.accounting.baseline)
     source = f"{job.accounting.baseline}, in the place of the model's tokenizer"
-    return PromptTokens(source, False, stand_in, _half_of_bytes, is_stand_in=True)
+    return PromptTokens(source, False, stand_in, half_of_bytes, is_stand_in=True)
 
 
 def context_of(model: ModelConfig) -> int:
@@ -127,9 +127,37 @@ def context_of(model: ModelConfig) -> int:
     return own
 
 
-def _of_tokenizer(source: str, key: str, backend: str, revision: str | None = None) -> PromptTokens:
+def _of_engine(model: ModelConfig, model_id: str) -> PromptTokens:
+    """With the tokenizer and the chat template that vLLM will have. Raises ModelError,
+    JobFileError."""
+    options = model.engine
+    source, key = model_id, "model.id"
+    if options.get("tokenizer") is not None:
+        source, key = str(options["tokenizer"]), "model.engine.tokenizer"
+    revision = model.revision or options.get("tokenizer_revision")
+    template = options.get("chat_template")
+    if template is not None and not any(mark in str(template) for mark in "{}\n"):
+        # So vLLM tells a file from a template. It also knows some by names, which we do not.
+        try:
+            template = Path(template).read_text("utf-8")
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"model.engine.chat_template: {template} is no file that can be read here "
+                f"({type(error).__name__})"
+            ) from None
+    return _of_tokenizer(source, key, model.backend, revision, template)
+
+
+def _of_tokenizer(
+    source: str,
+    key: str,
+    backend: str,
+    revision: str | None = None,
+    template: str | None = None,
+) -> PromptTokens:
+    """`template` takes the place of the tokenizer's own."""
     count = lru_cache(COUNTED_TEXTS)(load_tokenizer(source, key, revision))
-    decide = _half_of_bytes if backend == "http" else count
+    decide = half_of_bytes if backend == "http" else count
     named = f"tokenizer of {source}"
     if find_spec("transformers") is None:
         return PromptTokens(f"{named}; the chat template's guessed", False, count, decide)
@@ -147,6 +175,7 @@ def _of_tokenizer(source: str, key: str, backend: str, revision: str | None = No
         for token in tokenizer.added_tokens_decoder.values()
         if is_control_token(token.content, token.special)
     ]
+    tokenizer.chat_template = template or tokenizer.chat_template
     if tokenizer.chat_template is None:
         guessed = f"{named}; the chat template's guessed"
         return PromptTokens(guessed, False, count, decide, control_tokens=control)
@@ -156,11 +185,6 @@ def _of_tokenizer(source: str, key: str, backend: str, revision: str | None = No
 
 def _words(text: str) -> int:
     return len(text.split())
-
-
-def _half_of_bytes(text: str) -> int:
-    """As the http engine counts, which can't ask a tokenizer."""
-    return (len(text.encode("utf-8", "replace")) + 1) // 2
 
 
 def _templated(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,7 +352,11 @@ class Sketcher:
         engine = SketchEngine(self.tokens, self.baseline, self.context, self.task.expected_answer)
         clean = RowText(engine.control_tokens)
         defers = not isinstance(self.task, LongTextTask)
-        generate = EngineGenerate(engine, self.sampling, clean, self.lane.longest, defers)
+
+        async def ask(body: Mapping[str, Any]) -> tuple[Completion, bool]:
+            return await engine.chat(body), False
+
+        generate = EngineGenerate(engine, ask, self.sampling, clean, self.lane.longest, defers)
         not_ok, needs = None, 0
         try:
             if isinstance(row, RowError):

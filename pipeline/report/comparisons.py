@@ -131,16 +131,20 @@ class Planned(NamedTuple):
         return " to ".join(dict.fromkeys(self.write(end, is_exact=False) for end in self.ends))
 
     def projected(self, done: float) -> float | None:
-        """What it comes to, if the rest takes as much as the share that is done."""
+        """What as many rows as were planned come to, if these take what those did that are done:
+        a share of them or, where the input has grown since, more than 1."""
         return self.actual / done if self.actual is not None and done > 0 else None
 
     def came(self, done: float) -> str:
         if self.actual is None:
             return "not known"
         text, whole = self.write(self.actual), self.projected(done)
-        if done >= 1 or whole is None:
+        if done == 1 or whole is None:
             return text
-        return f"{text} so far, {self.write(whole, is_exact=False)} at this rate"
+        figure = self.write(whole, is_exact=False)
+        if done > 1:
+            return f"{text} in all, {figure} for as many rows as were planned"
+        return f"{text} so far, {figure} at this rate"
 
     def verdict(self, done: float) -> str:
         (low, high), whole = self.ends, self.projected(done)
@@ -162,8 +166,8 @@ class Planned(NamedTuple):
 
 def plan_lines(figures: Iterable[Sequence[Any]], done: float) -> Lines:
     """What was planned, and what came, both relative to the middle of the plan. `figures` are the
-    fields of Planned; `done` is the share of the planned rows that are done: until it is 1 the
-    actual figures are projected to all of them."""
+    fields of Planned; `done` is how many rows are done for each that was planned: unless it is 1
+    the actual figures are brought to as many as were planned."""
     planned = [each for each in (Planned(*fields) for fields in figures) if each.ends[1] > 0]
     dots = [each.projected(done) for each in planned]
     places = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.config import JobConfig
-from pipeline.errors import AxbatchError, Interrupted, StorageError
+from pipeline.errors import AxbatchError, Interrupted, StorageError, place_of
 from pipeline.forecast.estimate import estimate_job
 from pipeline.lease import Holder, read_holder
 from pipeline.ledger import RUNS, Ledger, State
@@ -138,6 +137,8 @@ class Reporter:
             self._ledger.read_the_dead()
             store_record(self._output, self._ledger.run, self._record(state))
             write_report(self._job, self._task, self._plan.identity, self._output)
+            with _never_mind("the readings of dead engines stay"):
+                self._ledger.forget_the_dead()
 
     def _catch_up(self) -> None:
         """The run before this one may have been killed when all was published but its report."""
@@ -182,8 +183,8 @@ def _never_mind(what: str) -> Iterator[None]:
         yield
     except AxbatchError as trouble:
         print(f"axbatch: {what}: {trouble}", file=sys.stderr, flush=True)
-    except Exception:
-        print(f"axbatch: {what}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    except Exception as bug:
+        print(f"axbatch: {what}: {place_of(bug)}", file=sys.stderr, flush=True)
 
 
 def store_record(output: Folder, run: str, record: Mapping[str, Any]) -> None:

@@ -1,74 +1,228 @@
-"""make bench: the plumbing alone (echo, no cost), rows/s and peak memory of driver and worker.
+"""make bench: how fast axbatch is, against the bare engine and against others.
 
-A job of 200,000 rows in 40 files, three times; prints a line per run and the median.
+    python -m tests.bench [engines pairs plumbing growth scheduling resume]
+
+Prints a table and writes out/bench/bench.json and bench.svg. The model is the embedded one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-import random
+import os
+import platform
 import statistics
+import subprocess
 import sys
 import tempfile
-import threading
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import psutil
-import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
 
-from tests.runs import Job, Run
+from tests.bench import plumbing, resume, scheduling
+from tests.bench.contestants import CONTESTANTS
+from tests.bench.plot import bars
+from tests.bench.workloads import LENGTHS, WORKLOADS, requests, write
 
-FILES, ROWS_PER_FILE, REPEATS = 40, 5_000, 3
-WATCH_INTERVAL_S = 0.2
+OUT = Path("out/bench")
+REPEATS = 5
+SIZES = (128, 640)
+"""Rows of the two runs whose difference is the time of so many rows without any start."""
+PAIR_ROWS = 256
+TIMEOUT_S = 600
 
-
-def make_job(folder: Path) -> Job:
-    """Rows of 5 to 40 words each, in files of equal size."""
-    folder.mkdir()
-    job = Job(folder, model={"id": "echo", "backend": "echo"})
-    random.seed(1)
-    for file in range(FILES):
-        texts = [f"row {row} " + "word " * random.randint(5, 40) for row in range(ROWS_PER_FILE)]
-        job.write_input(f"{file:02d}.parquet", pa.table({"id": range(ROWS_PER_FILE), "en": texts}))
-    return job
-
-
-def peak_memory(run: Run, done: threading.Event) -> dict[str, int]:
-    """Largest resident size, in MB, of the driver and of any worker, until `done`."""
-    peaks = {"driver": 0, "worker": 0}
-    while not done.wait(WATCH_INTERVAL_S):
-        for index, process in enumerate(run.family()):
-            try:
-                role = "driver" if index == 0 else "worker"
-                if index and "MapWorker" not in " ".join(process.cmdline()):
-                    continue
-                peaks[role] = max(peaks[role], process.memory_info().rss >> 20)
-            except psutil.NoSuchProcess:
-                continue
-    return peaks
+console = Console(width=110)
+Rows = Iterable[tuple[str, ...]]
 
 
-def measure(folder: Path) -> float:
-    job, done, peaks = make_job(folder), threading.Event(), {}
-    run = job.start("run", "--json")
-    watcher = threading.Thread(target=lambda: peaks.update(peak_memory(run, done)))
-    watcher.start()
-    code = run.wait()
-    done.set()
-    watcher.join()
-    if code:
-        sys.exit(f"exit {code}: {run.errors}")
-    summary = json.loads(run.printed)
-    rate = summary["this_run"]["rows"] / summary["seconds"]
-    print(
-        f"{rate:,.0f} rows/s, {summary['wall_seconds']:.1f} s with starting; "
-        f"peak memory: driver {peaks['driver']} MB, worker {peaks['worker']} MB",
-        flush=True,
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})"
+
+
+def show(title: str, head: tuple[str, ...], rows: Rows) -> None:
+    table = Table(*head, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def wall_s(name: str, rows: int) -> float:
+    """Seconds of a whole command."""
+    with tempfile.TemporaryDirectory(prefix="axbatch-bench-") as folder:
+        write(Path(folder), requests("log-normal", rows))
+        with (OUT / "engines.log").open("a") as log:
+            began = time.monotonic()
+            subprocess.run(
+                [sys.executable, "-m", "tests.bench.contestants", name, folder],
+                stdout=log, stderr=log, check=True, timeout=TIMEOUT_S,
+            )  # fmt: skip
+            return time.monotonic() - began
+
+
+def engines() -> dict[str, Any]:
+    """Whole commands, each in turn, by the slope between two sizes."""
+    walls: dict[str, list[list[float]]] = {name: [] for name in CONTESTANTS}
+    for repeat in range(REPEATS):
+        for name in CONTESTANTS:
+            walls[name].append([wall_s(name, rows) for rows in SIZES])
+            console.print(f"[dim]{repeat + 1}/{REPEATS} {name}: {walls[name][-1]} s[/]")
+    small, large = SIZES
+    rates = {
+        name: [(large - small) / (second - first) for first, second in pairs]
+        for name, pairs in walls.items()
+    }
+    starts = {
+        name: statistics.median(
+            first - small / rate for (first, _), rate in zip(pairs, rates[name], strict=True)
+        )
+        for name, pairs in walls.items()
+    }
+    bare = statistics.median(rates["bare engine"])
+    show(
+        f"Whole commands, log-normal answers, slope between {small} and {large} rows",
+        ("", "rows/s", "of the bare engine", "start, s"),
+        (
+            (name, spread(values), f"{statistics.median(values) / bare:.2f}", f"{starts[name]:.0f}")
+            for name, values in rates.items()
+        ),
     )
-    return rate
+    bars(OUT / "bench.svg", "Whole commands, log-normal answers", rates, "rows/s")
+    return {"sizes": SIZES, "wall_s": walls, "rows_per_s": rates, "start_s": starts}
+
+
+def pairs() -> dict[str, Any]:
+    """The engine bare, under vLLM's run_batch and under axbatch's worker, by workload."""
+    from tests.bench.one_engine import OneEngine
+
+    engine = OneEngine()
+
+    async def measure() -> dict[str, Any]:
+        found = {}
+        for name in WORKLOADS:
+            if name == "real lengths" and not LENGTHS.exists():
+                continue
+            bodies = requests(name, PAIR_ROWS)
+            seconds: dict[str, list[float]] = {"bare": [], "run_batch": [], "axbatch": []}
+            for _ in range(REPEATS):
+                seconds["bare"].append(await engine.bare(bodies))
+                seconds["run_batch"].append(await engine.run_batch(bodies))
+                took, usage = await engine.axbatch(bodies)
+                seconds["axbatch"].append(took)
+            computed = usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens
+            found[name] = {"seconds": seconds, "tokens": computed / engine.least_tokens(bodies)}
+        return found
+
+    try:
+        found = asyncio.run(measure())
+    finally:
+        engine.close()
+
+    def ratio(seconds: dict[str, list[float]], name: str) -> str:
+        return f"{ratio_of(seconds['bare'], seconds[name]):.2f}"
+
+    show(
+        f"On one engine, {PAIR_ROWS} rows; rows/s as a share of the bare engine's, in pairs",
+        ("", "bare, rows/s", "run_batch", "axbatch", "tokens computed / least"),
+        (
+            (
+                name,
+                spread([PAIR_ROWS / each for each in one["seconds"]["bare"]]),
+                ratio(one["seconds"], "run_batch"),
+                ratio(one["seconds"], "axbatch"),
+                f"{one['tokens']:.3f}",
+            )
+            for name, one in found.items()
+        ),
+    )
+    return found
+
+
+def ratio_of(bare: list[float], other: list[float]) -> float:
+    """Median of the pairs' ratios."""
+    return statistics.median(a / b for a, b in zip(bare, other, strict=True))
+
+
+def copying() -> dict[str, Any]:
+    found = plumbing.rates()
+    size = found["bytes_per_row"]
+    show(
+        f"Plumbing alone (echo, two replicas), rows of {size:.0f} bytes",
+        ("", "rows/s", "MB/s"),
+        (
+            (name, spread(values), f"{statistics.median(values) * size / 1e6:,.1f}")
+            for name, values in found["rows_per_s"].items()
+        ),
+    )
+    return found
+
+
+def growth() -> list[dict[str, float]]:
+    sizes = (1_000, *(n * plumbing.MILLION for n in (1, 3, 10)))
+    found = [plumbing.growth(rows) for rows in sizes]
+    show(
+        f"By the size of the job, until {plumbing.WATCHED_ROWS:,} rows are done",
+        ("rows", "first part after, s", "driver, MB", "worker, MB"),
+        (
+            (f"{one['rows']:,}", f"{one['first_part_s']:.1f}", f"{one['driver']:.0f}",
+             f"{one['worker']:.0f}")
+            for one in found
+        ),
+    )  # fmt: skip
+    return found
+
+
+def shares() -> list[dict[str, float]]:
+    found = scheduling.shares()
+    show(
+        f"Share of the time that a cluster computes, {scheduling.ROWS_PER_SLOT} rows per slot",
+        ("replicas", "slots", "lengths known", "unknown"),
+        (
+            (f"{one['replicas']}", f"{one['slots']}", f"{one['known']:.3f}",
+             f"{one['unknown']:.3f}")
+            for one in found
+        ),
+    )  # fmt: skip
+    return found
+
+
+def resuming() -> dict[int, tuple[float, float]]:
+    found = resume.measure_all(files=1000, rows_per_file=[10, 10_000])
+    show(
+        "A run that finds all done, 1,000 files",
+        ("rows", "s", "MB"),
+        ((f"{1000 * rows:,}", f"{s:.2f}", f"{mb:.0f}") for rows, (s, mb) in found.items()),
+    )
+    return found
+
+
+SECTIONS: dict[str, Callable[[], Any]] = {
+    "scheduling": shares,
+    "plumbing": copying,
+    "growth": growth,
+    "resume": resuming,
+    "pairs": pairs,
+    "engines": engines,
+}
+
+
+def main() -> None:
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+                   "VLLM_LOGGING_LEVEL": "ERROR", "RAY_USAGE_STATS_ENABLED": "0"}  # fmt: skip
+    OUT.mkdir(parents=True, exist_ok=True)
+    chosen = sys.argv[1:] or [*SECTIONS]
+    machine = {"cores": len(os.sched_getaffinity(0)), "cpu": platform.processor()}
+    found: dict[str, Any] = {"machine": machine}
+    began = time.monotonic()
+    for name in chosen:
+        found[name] = SECTIONS[name]()
+        (OUT / "bench.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    console.print(f"{time.monotonic() - began:.0f} s; figures in {OUT}/bench.json")
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(prefix="axbatch-bench-") as root:
-        rates = [measure(Path(root) / str(repeat)) for repeat in range(REPEATS)]
-    print(f"median {statistics.median(rates):,.0f} rows/s")
+    main()

@@ -65,24 +65,31 @@ def measure(job: Job) -> tuple[float, float]:
     return time.monotonic() - began, usage.ru_maxrss / 1024
 
 
+def measure_all(files: int, rows_per_file: list[int]) -> dict[int, tuple[float, float]]:
+    """By rows per file the median seconds and MB, measured in turn on the same machine."""
+    with tempfile.TemporaryDirectory() as name:
+        jobs = {}
+        for rows in rows_per_file:
+            folder = Path(name) / str(rows)
+            folder.mkdir()
+            jobs[rows] = make_done(folder, files, rows)
+        measured: dict[int, list[tuple[float, float]]] = {rows: [] for rows in jobs}
+        for _ in range(TIMES):
+            for rows, job in jobs.items():
+                measured[rows].append(measure(job))
+    return {
+        rows: (statistics.median(s for s, _ in figures), statistics.median(mb for _, mb in figures))
+        for rows, figures in measured.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--files", type=int, default=1000)
     parser.add_argument("--rows", type=int, nargs="+", default=[10, 10_000])
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        jobs = {}
-        for rows in options.rows:
-            folder = Path(name) / str(rows)
-            folder.mkdir()
-            jobs[rows] = make_done(folder, options.files, rows)
-        measured: dict[int, list[tuple[float, float]]] = {rows: [] for rows in jobs}
-        for _ in range(TIMES):  # in turn, so that both see the same machine
-            for rows, job in jobs.items():
-                measured[rows].append(measure(job))
-    for rows, figures in measured.items():
-        seconds, megabytes = (statistics.median(column) for column in zip(*figures, strict=True))
-        print(f"{options.files * rows:>12,} rows: {seconds:.2f} s, {megabytes:.0f} MB")
+    for rows, (seconds, mb) in measure_all(options.files, options.rows).items():
+        print(f"{options.files * rows:>12,} rows: {seconds:.2f} s, {mb:.0f} MB")
 
 
 if __name__ == "__main__":

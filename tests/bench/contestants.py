@@ -1,0 +1,110 @@
+"""Who is measured: each answers all requests of a folder (see workloads.write), in a process of
+its own, with the same model and engine options.
+
+    python -m tests.bench.contestants NAME FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.model import DEMO_MODEL
+from tests.bench.workloads import Body
+from tests.runs import Job
+
+ENGINE: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 4096,
+}
+BEST_RAY_DATA: dict[str, Any] = {"batch_size": 64, "max_concurrent_batches": 16}
+"""Of the settings that `python -m tests.bench.sweep` tries."""
+
+
+def bodies_in(folder: Path) -> list[Body]:
+    return [json.loads(text) for text in pq.read_table(folder / "in")["body"].to_pylist()]
+
+
+def bare_engine(folder: Path) -> None:
+    """All prompts in memory, nothing written."""
+    from vllm import LLM, SamplingParams
+
+    bodies = bodies_in(folder)
+    llm = LLM(model=str(DEMO_MODEL), **ENGINE)
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=each["max_tokens"], ignore_eos=True)
+        for each in bodies
+    ]
+    began = time.monotonic()
+    answers = llm.chat([each["messages"] for each in bodies], params, use_tqdm=False)
+    seconds = time.monotonic() - began
+    assert len(answers) == len(bodies)
+    print(json.dumps({"seconds": seconds}))
+
+
+def run_batch(folder: Path) -> None:
+    options = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in ENGINE.items()
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.launchers.run_batch",
+         "-i", folder / "rows.jsonl", "-o", folder / "answers.jsonl",
+         "--model", DEMO_MODEL, "--served-model-name", "bench", *options],
+        check=True,
+    )  # fmt: skip
+
+
+def ray_data(folder: Path, **settings: Any) -> None:
+    """ray.data.llm, reading Parquet and writing it."""
+    import ray
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    config = vLLMEngineProcessorConfig(
+        model_source=str(DEMO_MODEL), engine_kwargs=ENGINE, concurrency=1, **settings
+    )
+
+    def asked(row: dict[str, Any]) -> dict[str, Any]:
+        given = json.loads(row["body"])
+        params = {key: given[key] for key in ("temperature", "max_tokens", "ignore_eos")}
+        return {"messages": given["messages"], "sampling_params": params}
+
+    processor = build_processor(
+        config, preprocess=asked, postprocess=lambda row: {"answer": row["generated_text"]}
+    )
+    rows = ray.data.read_parquet(str(folder / "in"))
+    processor(rows).write_parquet(str(folder / "answers"))
+
+
+def axbatch(folder: Path) -> None:
+    job = Job(
+        folder,
+        task={"kind": "chat", "body": "body", "returns": "response"},
+        output={"path": str(folder / "out"), "column": "answer"},
+        model={"id": "demo", "engine": ENGINE},
+    )
+    summary = job.run()
+    assert summary["job"]["statuses"]["ok"] == summary["job"]["rows"], summary["job"]
+    print(json.dumps({"seconds": summary["seconds"]}))
+
+
+CONTESTANTS: dict[str, Callable[[Path], None]] = {
+    "bare engine": bare_engine,
+    "vLLM run_batch": run_batch,
+    "ray.data.llm": ray_data,
+    "ray.data.llm, best": lambda folder: ray_data(folder, **BEST_RAY_DATA),
+    "axbatch": axbatch,
+}
+
+if __name__ == "__main__":
+    CONTESTANTS[sys.argv[1]](Path(sys.argv[2]))

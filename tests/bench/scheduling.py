@@ -1,0 +1,96 @@
+"""How much of its time a cluster computes: replicas in virtual time, with the real schedule.
+
+    python -m tests.bench.scheduling
+
+Each replica has as many slots as its engine computes requests at once; a request takes as long as
+its answer. Units of 256 rows go to the replicas as Ray hands them out: each holds as many as
+`units_in_flight` says, and gets the next when one is done. Nothing else takes time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+
+from pipeline.cluster import units_to_hold
+from pipeline.schedule import Schedule
+from tests.bench.workloads import log_normal_length
+from tests.virtual_time import run_virtually
+
+ROWS_PER_UNIT = 256
+SECONDS_PER_TOKEN = 0.02
+COMMIT_S = 0.05
+
+
+class Replica:
+    def __init__(self, slots: int, longest_first: bool, known: Callable[[int], int]) -> None:
+        self.slots = slots
+        self._schedule = Schedule(slots, longest_first)
+        self._free = asyncio.Semaphore(slots)
+        self._known = known
+        self.ended = 0.0
+
+    async def do(self, unit: Sequence[int]) -> None:
+        async with self._schedule.together(len(unit)):
+            await asyncio.gather(*map(self._row, unit))
+        await asyncio.sleep(COMMIT_S)
+
+    async def _row(self, tokens: int) -> None:
+        await self._schedule.request(self._known(tokens))
+        async with self._free:
+            await asyncio.sleep(tokens * SECONDS_PER_TOKEN)  # virtual
+        self.ended = asyncio.get_running_loop().time()
+        self._schedule.answered()
+        self._schedule.finished(1)
+
+
+def simulate(
+    lengths: Sequence[int],
+    replicas: int,
+    slots: int,
+    longest_first: bool = True,
+    known: Callable[[int], int] = lambda tokens: tokens,
+) -> float:
+    """The share of the cluster's time that is not lost: the least that it could take (all slots
+    busy all the time, or as long as the longest row), by what it takes. `known` is what can be told
+    of an answer's length beforehand."""
+    units = [lengths[i : i + ROWS_PER_UNIT] for i in range(0, len(lengths), ROWS_PER_UNIT)]
+    held = units_to_hold(len(units), ROWS_PER_UNIT, slots, replicas)
+    left = iter(units)
+
+    async def cluster() -> list[Replica]:
+        several = [Replica(slots, longest_first, known) for _ in range(replicas)]
+
+        async def hold(replica: Replica) -> None:
+            for unit in left:
+                await replica.do(unit)
+
+        await asyncio.gather(*(hold(replica) for _ in range(held) for replica in several))
+        return several
+
+    done = run_virtually(cluster())
+    seconds = max(replica.ended for replica in done)
+    work = sum(lengths) * SECONDS_PER_TOKEN / (replicas * slots)
+    return max(work, max(lengths) * SECONDS_PER_TOKEN) / seconds
+
+
+ROWS_PER_SLOT = 50
+CLUSTERS = ((1, 64), (1, 256), (8, 64), (8, 256))
+"""Replicas and their slots."""
+
+
+def shares() -> list[dict[str, float]]:
+    """Of each cluster, with answers of 8 to 512 tokens, half of them under 40, whose lengths are
+    known beforehand, or not."""
+    made = []
+    for replicas, slots in CLUSTERS:
+        dice = random.Random(31)
+        lengths = [log_normal_length(dice) for _ in range(ROWS_PER_SLOT * replicas * slots)]
+        made.append({
+            "replicas": replicas,
+            "slots": slots,
+            "known": simulate(lengths, replicas, slots),
+            "unknown": simulate(lengths, replicas, slots, known=lambda _: 1),
+        })  # fmt: skip
+    return made
