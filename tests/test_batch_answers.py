@@ -19,6 +19,7 @@ from pipeline.s3 import PatientS3
 from pipeline.tokens import RowText
 from pipeline.verify import verify_output
 from tests.batches import ANSWERS, COLUMN, ERRORS, NAME, URL, Batch, as_line, mixed, request
+from tests.conftest import asking
 from tests.s3_store import Store, serving
 
 
@@ -74,7 +75,8 @@ def test_body_is_sent_as_it_is(batch: Batch) -> None:
     body = {"model": "x", "temperature": 0.5, "messages": [{"role": "user", "content": "a"}]}
     row = {"line": 1, "url": URL, "body": json.dumps(body), "error": None}
     engine = EchoEngine(ModelConfig(id="echo", backend="echo"))
-    generate = Recorder(engine, {"max_tokens": 1, "temperature": 0.0}, RowText())
+    sampling = {"max_tokens": 1, "temperature": 0.0}
+    generate = Recorder(engine, asking(engine), sampling, RowText())
     asyncio.run(batch.task.run(row, generate))
     assert sent == [body]
 
