@@ -22,7 +22,6 @@ done nothing."""
 MESSAGE_TOKENS = 4
 """That a chat template puts around a message: A.X's has three."""
 
-
 CHARACTERS_PER_TOKEN = 4
 """As English has."""
 
@@ -48,6 +47,7 @@ class EngineGenerate:
         self.cut = NOTHING_USED
         """Of the usage, what went into answers that ended at the limit of tokens."""
         self.reasoning_tokens = 0
+        self._has_begun = False
         self.count_tokens = engine.count_tokens
         self.max_model_len = engine.max_model_len
         self.max_tokens = int(sampling["max_tokens"])
@@ -61,6 +61,7 @@ class EngineGenerate:
         if self._defers:
             await self._defer_if_too_long(body)
         completion, is_copy = await self._ask(body)
+        self._has_begun = True
         if is_copy:
             return completion
         self.usage += completion.usage
@@ -82,7 +83,7 @@ class EngineGenerate:
         prompt += TEMPLATE_TOKENS + MESSAGE_TOKENS * len(texts)
         if here < prompt <= later:
             # A conversation that has begun goes on growing.
-            needs = prompt + answer if not self.usage.requests else self.longest_model_len
+            needs = self.longest_model_len if self._has_begun else prompt + answer
             raise RowDeferred(min(needs, self.longest_model_len))
 
 
@@ -92,7 +93,9 @@ def expected_length(body: Mapping[str, Any]) -> int:
     messages = body.get("messages")
     length = sum(map(len, _texts_in(messages[-1]))) if messages else 0
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
-    return min(length, CHARACTERS_PER_TOKEN * limit) if isinstance(limit, int) else length
+    if isinstance(limit, int):  # else, or if it is negative, the engine will say what is wrong
+        return min(length, CHARACTERS_PER_TOKEN * max(0, limit))
+    return length
 
 
 def texts_of(body: Mapping[str, Any]) -> Iterator[str]:

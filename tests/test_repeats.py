@@ -50,8 +50,9 @@ class Computing:
 
     async def _compute(self, body: Mapping[str, Any]) -> Completion:
         self.computed.append(text_of(body))
+        is_to_fail = len(self.computed) <= self._fails
         await asyncio.sleep(1)
-        if len(self.computed) <= self._fails:
+        if is_to_fail:
             raise RowFailed("engine_error")
         message = {"role": "assistant", "content": f"to {text_of(body)!r}"}
         return Completion(message, "stop", Usage(1, 1, 0, 1))
@@ -81,7 +82,7 @@ def test_same_body_is_computed_once_asked_at_once_or_later(asked: list[tuple[int
 
 values = st.none() | st.booleans() | st.integers(-1, 2) | st.sampled_from(["", "1", "a", "é", "é"])
 some_bodies = st.builds(
-    greedy, values, stop=values, logprobs=values, tools=st.lists(values, max_size=2)
+    greedy, values, stop=values, user=values, tools=st.lists(values, max_size=2)
 )
 
 
@@ -125,15 +126,26 @@ def test_greedy_and_seeded_answers_are_reused(keys: Body) -> None:
     run_virtually(play())
 
 
+@pytest.mark.parametrize(
+    "keys", [{"n": 2}, {"logprobs": True, "top_logprobs": 5}, {"prompt_logprobs": 1}], ids=str
+)
+def test_answers_that_are_large_or_several_are_not_kept(keys: Body) -> None:
+    async def play() -> None:
+        ask = Computing().ask
+        assert [(await ask({**greedy("a"), **keys}))[1] for _ in range(2)] == [False, False]
+
+    run_virtually(play())
+
+
 @given(st.integers(0, 8), st.integers(1, 8))
-def test_failures_are_not_kept_and_every_other_asker_tries_itself(fails: int, askers: int) -> None:
+def test_failures_are_not_kept_and_all_who_waited_ask_themselves(fails: int, askers: int) -> None:
     async def play() -> None:
         computing = Computing(fails)
         asking = (computing.ask(greedy("a")) for _ in range(askers))
         answers = await asyncio.gather(*asking, return_exceptions=True)
         failed = [answer for answer in answers if isinstance(answer, RowFailed)]
         assert len(failed) == min(fails, askers)
-        assert len(computing.computed) == min(fails + 1, askers)
+        assert len(computing.computed) == (askers if fails else 1)
 
     run_virtually(play())
 
@@ -145,8 +157,8 @@ def test_those_who_wait_for_an_asker_that_is_cancelled_get_their_answer() -> Non
         await asyncio.sleep(0.5)
         first.cancel()
         copies = [(await other)[1] for other in others]
-        assert copies == [False, True]
-        assert len(computing.computed) == 2
+        assert copies == [False, False]
+        assert len(computing.computed) == 3
 
     run_virtually(play())
 
