@@ -151,7 +151,7 @@ def copying() -> dict[str, Any]:
     found = plumbing.rates()
     size = found["bytes_per_row"]
     show(
-        f"Plumbing alone (echo, two replicas), rows of {size:.0f} bytes",
+        f"Plumbing alone (echo, two replicas), rows of {size:.0f} bytes, slope",
         ("", "rows/s", "MB/s"),
         (
             (name, spread(values), f"{statistics.median(values) * size / 1e6:,.1f}")

@@ -27,7 +27,7 @@ ENGINE: dict[str, Any] = {
     "max_num_batched_tokens": 4096,
 }
 BEST_RAY_DATA: dict[str, Any] = {"batch_size": 64, "max_concurrent_batches": 16}
-"""Of the settings that `python -m tests.bench.sweep` tries."""
+"""One of those that `python -m tests.bench.sweep` tries; set it to what is fastest on a machine."""
 
 
 def bodies_in(folder: Path) -> list[Body]:
