@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import ClassVar, Literal
 
-from pipeline.config import InputFormat
+from pipeline.config.data import InputFormat
 from pipeline.conversations import check_body, decode_json
 from pipeline.errors import RowRejected
 from pipeline.records import Output, Row

@@ -192,7 +192,7 @@ def _plan(job: JobConfig, task: Task) -> Plan:
 
 def _identity(job: JobConfig, task: Task) -> str:
     """Raises RefusedError if the output is another job's."""
-    from pipeline.config import identity_fields, identity_hash
+    from pipeline.identity import identity_fields, identity_hash
     from pipeline.run import check_identity
     from pipeline.storage import Folder
 

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from pipeline.config import JobConfig, ModelConfig, ReplicaRange
+from pipeline.config import JobConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.running import ReplicaRange
 from pipeline.errors import ClusterError, ModelError
 from pipeline.lanes import Lane
 from pipeline.plan import Plan

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.accounting import RowTexts, Sample, Script, TextCounts, TextSize
-from pipeline.config import AccountingConfig
+from pipeline.config.costs import AccountingConfig
 from pipeline.errors import JobFileError
 
 CountTokens = Callable[[str], int]

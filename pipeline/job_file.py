@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import JobConfig, SecretInJobFile, Section
+from pipeline.config import JobConfig
+from pipeline.config.section import SecretInJobFile, Section
 from pipeline.errors import JobFileError
 
 S = TypeVar("S", bound=Section)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine import DEFAULT_CONTEXT, check_engine
 from pipeline.errors import ModelError
 from pipeline.model import read_config, resolve_model

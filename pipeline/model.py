@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import DEMO, ModelConfig
+from pipeline.config.model import DEMO, ModelConfig
 from pipeline.errors import ModelError
 
 DEMO_MODEL = Path(__file__).parent.absolute() / "demo"

@@ -13,7 +13,8 @@ from itertools import accumulate, compress
 from typing import Any
 
 from pipeline.batch_file import check_not_others
-from pipeline.config import JobConfig, OnChange
+from pipeline.config import JobConfig
+from pipeline.config.data import OnChange
 from pipeline.errors import InputError, NoSuchFileError, RefusedError
 from pipeline.parts import (
     PARTS,

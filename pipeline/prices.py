@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.accounting import TextCounts, Usage
-from pipeline.config import AccountingConfig, ComparedPrices, Prices
+from pipeline.config.costs import AccountingConfig, ComparedPrices, Prices
 
 MILLION = 1_000_000
 HOUR_S = 3600

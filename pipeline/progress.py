@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pipeline.config import AccountingConfig
+from pipeline.config.costs import AccountingConfig
 from pipeline.ledger import Ledger
 from pipeline.plan import Plan
 from pipeline.prices import cost_of, saving_of

@@ -16,7 +16,7 @@ from rich.console import Console
 from jobs import load_task
 from pipeline import __version__
 from pipeline.attempts import forget_journals
-from pipeline.config import JobConfig, identity_fields, identity_hash
+from pipeline.config import JobConfig
 from pipeline.counting import check_accounting
 from pipeline.errors import (
     EXIT_TOO_MANY_NOT_OK,
@@ -26,6 +26,7 @@ from pipeline.errors import (
     StorageError,
     TooManyNotOkError,
 )
+from pipeline.identity import identity_fields, identity_hash
 from pipeline.lanes import Lane, LaneUse, check_lanes, first_lane, plan_deferred, yarn_lane
 from pipeline.lease import Lease, Watch
 from pipeline.ledger import Ledger, State

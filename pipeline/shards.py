@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from pipeline.batch_file import FORMAT, files_beside, stage_requests
-from pipeline.config import InputConfig, JobConfig
+from pipeline.config import JobConfig
+from pipeline.config.data import InputConfig
 from pipeline.errors import InputError, RefusedError
 from pipeline.parquet import input_errors, open_parquet
 from pipeline.parts import result_fields

@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipeline.config import InputConfig
+from pipeline.config.data import InputConfig
 from pipeline.errors import AxbatchError, InputError
 from pipeline.storage import Entry, Folder
 

@@ -16,8 +16,9 @@ import yaml
 
 import jobs
 import pipeline
-from pipeline.config import JobConfig, absolute_model_id
+from pipeline.config import JobConfig
 from pipeline.errors import ClusterError, RefusedError
+from pipeline.identity import absolute_model_id
 from pipeline.ray_settings import apply_ray_settings
 from pipeline.storage import Folder, absolute_url
 

@@ -14,7 +14,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.chunking import Split, keep, split_aside, surely_fits, whole
-from pipeline.config import InputFormat, Section
+from pipeline.config.data import InputFormat
+from pipeline.config.section import Section
 from pipeline.errors import RowDeferred, RowRejected
 from pipeline.records import Completion, Message, Output, Row
 

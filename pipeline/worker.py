@@ -30,7 +30,9 @@ from pipeline.attempts import (
     pieces,
     read_crashes,
 )
-from pipeline.config import AccountingConfig, JobConfig, ReplicaRange
+from pipeline.config import JobConfig
+from pipeline.config.costs import AccountingConfig
+from pipeline.config.running import ReplicaRange
 from pipeline.counting import (
     CountTokens,
     TextCounter,

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from jobs import load_task
 from pipeline.batch_file import files_beside
-from pipeline.config import JobConfig, ModelConfig
+from pipeline.config import JobConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine.echo import EchoEngine
 from pipeline.errors import RowError
 from pipeline.generate import EngineGenerate

@@ -19,9 +19,11 @@ from hypothesis import settings
 
 from jobs import load_task
 from pipeline.accounting import Usage
-from pipeline.config import JobConfig, ModelConfig, identity_fields, identity_hash
+from pipeline.config import JobConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine import Engine
 from pipeline.generate import Ask
+from pipeline.identity import identity_fields, identity_hash
 from pipeline.merging import republish
 from pipeline.model import DEMO_MODEL
 from pipeline.parts import Stamp, commit_part, result_table

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine.echo import EchoEngine
 from pipeline.errors import VerifyError
 from pipeline.generate import EngineGenerate

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from infra.make_chat_data import DATA_FILE, make_table
 from jobs import load_task
 from jobs.chat import Chat
-from pipeline.config import JobConfig, identity_fields, identity_hash
+from pipeline.config import JobConfig
 from pipeline.conversations import MESSAGE_TYPE, check_messages, decode_json, without_nulls
 from pipeline.errors import JobFileError, RowFailed, RowRejected
+from pipeline.identity import identity_fields, identity_hash
 from pipeline.parts import result_table
 from pipeline.records import Message
 from pipeline.report import tables

@@ -12,14 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs import load_task
-from pipeline.config import (
-    EXECUTION_OPTIONS,
-    JobConfig,
-    ReplicaRange,
-    identity_fields,
-    identity_hash,
-)
+from pipeline.config import JobConfig
+from pipeline.config.running import ReplicaRange
 from pipeline.errors import JobFileError
+from pipeline.identity import EXECUTION_OPTIONS, identity_fields, identity_hash
 from pipeline.job_file import load_job
 
 MINIMAL: dict[str, Any] = {

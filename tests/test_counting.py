@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.accounting import Sample, Script, TextCounts
-from pipeline.config import AccountingConfig
+from pipeline.config.costs import AccountingConfig
 from pipeline.counting import (
     BUDGET,
     LEARNING_CHARACTERS,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.accounting import Usage
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine import Engine, start_engine
 from pipeline.engine.cores import omp_binding
 from pipeline.engine.echo import EchoEngine

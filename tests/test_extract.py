@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from infra.demo_model import extraction
 from jobs import load_task
 from jobs.extract import PROMPT, Extract
-from pipeline.config import JobConfig, identity_fields, identity_hash
+from pipeline.config import JobConfig
 from pipeline.errors import JobFileError, RowRejected
+from pipeline.identity import identity_fields, identity_hash
 from pipeline.records import Output
 from pipeline.worker import _encodable
 from tests.fake_model import FakeModel

@@ -14,7 +14,7 @@ import pytest
 
 from infra.demo_model.extraction import make_case, some_schema
 from jobs.extract import Extract
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine.vllm import VllmEngine
 from pipeline.generate import EngineGenerate
 from pipeline.model import DEMO_MODEL

@@ -10,7 +10,7 @@ import pytest
 
 import jobs
 from jobs import kinds, load_task
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine.echo import EchoEngine
 from pipeline.errors import JobFileError
 from pipeline.records import Output

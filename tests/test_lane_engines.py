@@ -12,7 +12,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline import cluster
-from pipeline.config import ClusterConfig, JobConfig, ModelConfig
+from pipeline.config import JobConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.running import ClusterConfig
 from pipeline.engine import check_options
 from pipeline.errors import ClusterError, JobFileError, ModelError, StorageError
 from pipeline.lanes import Lane, check_lanes, first_lane, plan_deferred, yarn_lane

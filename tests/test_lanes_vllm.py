@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.demo_model.exam import held_out_sentences
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine.vllm import VllmEngine
 from pipeline.lanes import yarn_lane
 from pipeline.model import DEMO_MODEL

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipeline.accounting import Sample, TextCounts, Usage
-from pipeline.config import AccountingConfig
+from pipeline.config.costs import AccountingConfig
 from pipeline.errors import JobFileError
 from pipeline.job_file import load_job
 from pipeline.prices import TokenRatios, cost_of, money, saving_of

@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.accounting import RowTexts, TextSize
-from pipeline.config import JobConfig, identity_fields
+from pipeline.config import JobConfig
 from pipeline.counting import TextCounter, load_baseline, load_tokenizer
 from pipeline.errors import JobFileError, RefusedError
+from pipeline.identity import identity_fields
 from pipeline.job_file import parse_section
 from pipeline.model import DEMO_MODEL
 from pipeline.parts import FOOTER_KEY, TEXTS_TYPE, read_stamp

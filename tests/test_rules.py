@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from jobs import load_task
-from pipeline.config import Section
+from pipeline.config.section import Section
 from pipeline.job_file import load_job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,7 @@ LAYERS = [
     {"pipeline.errors", "pipeline.accounting", "pipeline.meter", "pipeline.wording"},
     {"pipeline.records"},
     {"pipeline.config"},
-    {"pipeline.job_file", "pipeline.counting", "pipeline.prices"},
+    {"pipeline.job_file", "pipeline.identity", "pipeline.counting", "pipeline.prices"},
     {
         "pipeline.ray_settings",
         "pipeline.signals",

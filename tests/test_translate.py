@@ -13,8 +13,9 @@ from jobs import load_task
 from jobs.translate import LANGUAGES, Translate
 from pipeline.accounting import Usage
 from pipeline.checks import REMINDERS, finished_text, text_of
-from pipeline.config import JobConfig, identity_fields, identity_hash
+from pipeline.config import JobConfig
 from pipeline.errors import JobFileError, RowFailed, RowRejected
+from pipeline.identity import identity_fields, identity_hash
 from pipeline.records import Completion, Message, Output
 from tests.fake_model import FakeModel, echo
 

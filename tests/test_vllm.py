@@ -14,7 +14,7 @@ import pytest
 
 from infra.demo_model.exam import held_out_sentences
 from jobs.translate import Translate
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine import EngineGone
 from pipeline.engine.vllm import VllmEngine
 from pipeline.errors import ModelError, RowRejected

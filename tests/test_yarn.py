@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.config import JobConfig, ModelConfig, identity_fields
+from pipeline.config import JobConfig
+from pipeline.config.model import ModelConfig
 from pipeline.errors import ModelError
+from pipeline.identity import identity_fields
 from pipeline.lanes import first_lane, own_context, yarn_lane
 
 AX = {"max_position_embeddings": 32_768, "num_attention_heads": 64}

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline import worker
-from pipeline.config import JobConfig, ModelConfig
+from pipeline.config import JobConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine import Engine
 from pipeline.engine.echo import EchoEngine
 from pipeline.lanes import first_lane

@@ -30,7 +30,7 @@ from infra.demo_model import choosing, extraction, questions, summaries, tools
 from infra.demo_model.conversation import Message, says
 from infra.demo_model.grammar import MARKS, Sentence, has_unseen_combination, sentences
 from infra.demo_model.translation import Direction, joined, system_prompt
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine.vllm import VllmEngine
 from pipeline.model import DEMO_MODEL
 from pipeline.records import Completion

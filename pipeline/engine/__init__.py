@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.errors import EngineError
 from pipeline.meter import Meter
 from pipeline.records import Completion

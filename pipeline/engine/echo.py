@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.accounting import Usage
-from pipeline.config import MAX_NUM_SEQS, ModelConfig, Section
+from pipeline.config.model import MAX_NUM_SEQS, ModelConfig
+from pipeline.config.section import Section
 from pipeline.engine import DEFAULT_CONTEXT
 from pipeline.errors import RowRejected
 from pipeline.job_file import parse_section

@@ -12,7 +12,8 @@ import openai
 from pydantic import Field
 
 from pipeline.accounting import Usage
-from pipeline.config import ModelConfig, Section
+from pipeline.config.model import ModelConfig
+from pipeline.config.section import Section
 from pipeline.engine import DEFAULT_CONTEXT, half_of_bytes
 from pipeline.errors import EngineError, RowFailed, RowRejected
 from pipeline.job_file import parse_section

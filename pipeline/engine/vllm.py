@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from pydantic import ValidationError
 
 from pipeline.accounting import Usage
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.counting import CountTokens, counter_of
 from pipeline.engine import EngineGone
 from pipeline.engine.cores import claim_cores, omp_binding

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from pipeline.config import MAX_NUM_SEQS
+from pipeline.config.model import MAX_NUM_SEQS
 from pipeline.errors import ModelError
 from pipeline.forecast.gpus import Gpu
 

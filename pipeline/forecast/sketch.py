@@ -21,7 +21,8 @@ import pydantic_core
 from jinja2 import TemplateError
 
 from pipeline.accounting import Usage
-from pipeline.config import JobConfig, ModelConfig
+from pipeline.config import JobConfig
+from pipeline.config.model import ModelConfig
 from pipeline.counting import CountTokens, load_baseline, load_tokenizer, texts_in
 from pipeline.engine import DEFAULT_CONTEXT, half_of_bytes
 from pipeline.errors import (

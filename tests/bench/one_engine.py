@@ -18,7 +18,9 @@ from typing import Any
 from pipeline import worker
 from pipeline.accounting import Usage
 from pipeline.cluster import units_in_flight
-from pipeline.config import JobConfig, ModelConfig, ReplicaRange
+from pipeline.config import JobConfig
+from pipeline.config.model import ModelConfig
+from pipeline.config.running import ReplicaRange
 from pipeline.engine.vllm import VllmEngine
 from pipeline.lanes import first_lane
 from pipeline.lease import Watch

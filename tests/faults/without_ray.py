@@ -17,7 +17,8 @@ import pipeline.cluster
 import pipeline.report.reporter
 import pipeline.worker
 from pipeline.cli import command
-from pipeline.config import JobConfig, ReplicaRange
+from pipeline.config import JobConfig
+from pipeline.config.running import ReplicaRange
 from pipeline.plan import Plan
 from pipeline.receipt import decode_receipt
 from pipeline.records import Receipt

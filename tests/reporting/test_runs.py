@@ -17,7 +17,7 @@ import pipeline.forecast.estimate
 import pipeline.report.reporter
 import pipeline.run
 import pipeline.worker
-from pipeline.config import ModelConfig
+from pipeline.config.model import ModelConfig
 from pipeline.engine.echo import EchoEngine
 from pipeline.errors import ClusterError, Interrupted
 from pipeline.lease import LEASE
