@@ -31,6 +31,7 @@ from pipeline.plan import Plan, Retry, make_plan, plan_retry
 from pipeline.publishing import Publisher
 from pipeline.records import Completion, Counts, Output, Receipt, Unit
 from pipeline.storage import Folder
+from tests.shards import Shard
 
 if TYPE_CHECKING:
     from tests.batches import Batch
@@ -251,6 +252,13 @@ def published(prepared: Callable[..., PreparedJob]) -> Callable[[], PreparedJob]
         return job
 
     return make
+
+
+@pytest.fixture
+def shard(
+    tmp_path: Path, commit: Callable[..., bool], outputs: Callable[..., list[Output]]
+) -> Shard:
+    return Shard(tmp_path, commit, outputs)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Everything but the model: `echo` without cost, against what else copies rows.
 
-    axbatch            `axbatch run` with the echo engine, two replicas, parts and publishing
-    Ray Data           read_parquet, a Python function per row, write_parquet
-    pyarrow            one process reads and writes
+    axbatch               `axbatch run` with the echo engine, two replicas, parts and publishing
+    axbatch, large units  the same with `rows_per_unit: 1024`
+    Ray Data              read_parquet, a Python function per row, write_parquet
+    pyarrow               one process reads and writes
 
 And memory and time to the first committed part, by the number of rows that the job has.
 """
@@ -30,6 +31,7 @@ ROWS_PER_FILE = 10_000
 FILES = (5, 25)
 """Of the two runs whose difference is the time of so many rows without any start."""
 REPEATS = 5
+LARGE_UNIT = 1024
 LARGE_FILE = 100_000
 MILLION = 1_000_000
 WATCHED_ROWS = 300_000
@@ -44,9 +46,10 @@ rows.write_parquet(sys.argv[2])
 """
 
 
-def echo_job(folder: Path) -> Job:
+def echo_job(folder: Path, **reading: int) -> Job:
     return Job(
         folder,
+        input={"path": str(folder / "in"), **reading},
         model={"id": "echo", "backend": "echo"},
         cluster={"replicas": 2, "cpus_per_replica": 1},
     )
@@ -71,6 +74,10 @@ def by_axbatch(folder: Path) -> None:
     echo_job(folder).run()
 
 
+def by_axbatch_in_large_units(folder: Path) -> None:
+    echo_job(folder, rows_per_unit=LARGE_UNIT).run()
+
+
 def by_ray_data(folder: Path) -> None:
     subprocess.run(
         [sys.executable, "-c", RAY_DATA, folder / "in", folder / "out"],
@@ -85,7 +92,12 @@ def by_pyarrow(folder: Path) -> None:
         pq.write_table(table.append_column("ko", table["en"]), folder / "out" / path.name)
 
 
-COPIERS = {"axbatch": by_axbatch, "Ray Data": by_ray_data, "pyarrow": by_pyarrow}
+COPIERS = {
+    "axbatch": by_axbatch,
+    "axbatch, large units": by_axbatch_in_large_units,
+    "Ray Data": by_ray_data,
+    "pyarrow": by_pyarrow,
+}
 
 
 def rates() -> dict[str, Any]:
