@@ -31,6 +31,7 @@ from pipeline.plan import Plan, Retry, make_plan, plan_retry
 from pipeline.publishing import Publisher
 from pipeline.records import Completion, Counts, Output, Receipt, Unit
 from pipeline.storage import Folder
+from tests.runs import Run
 from tests.shards import Shard
 
 if TYPE_CHECKING:
@@ -199,6 +200,15 @@ class PreparedJob:
             shard = planned.shard
             assert shard.selected is not None
             republish(self.output, shard.name, shard.selected, planned.key, run)
+
+
+@pytest.fixture(autouse=True)
+def runs_end_with_their_test() -> Iterator[None]:
+    """One that goes on would slow the tests after it, until these fail too."""
+    before = len(Run.started)
+    yield
+    for run in Run.started[before:]:
+        run.end()
 
 
 @pytest.fixture(scope="session")

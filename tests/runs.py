@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pyarrow as pa
@@ -91,6 +92,9 @@ class Job:
 class Run:
     """One process of `axbatch`."""
 
+    started: ClassVar[list[Run]] = []
+    """All of this session."""
+
     def __init__(self, job: Job, arguments: tuple[str, ...]) -> None:
         command, *rest = arguments
         self._job = job
@@ -103,6 +107,7 @@ class Run:
             stderr=self._err,
             env={name: os.environ[name] for name in os.environ if not name.startswith(NOT_PASSED)},
         )
+        self.started.append(self)
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
         return self._process.wait(timeout_s)
@@ -151,6 +156,14 @@ class Run:
         """As the machine's end does."""
         self.signal(signal.SIGKILL)
         self.wait()
+
+    def end(self) -> None:
+        """It and all that it started, if a test that failed has left it."""
+        if self._process.poll() is None:
+            for process in reversed(self.family()):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.wait()
 
     @property
     def printed(self) -> str:
