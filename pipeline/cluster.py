@@ -9,18 +9,18 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from pipeline.config import JobConfig
+from pipeline.config.model import ModelConfig
 from pipeline.config.running import ReplicaRange
 from pipeline.errors import ClusterError, ModelError
 from pipeline.lanes import Lane
 from pipeline.plan import Plan
 from pipeline.ray_settings import cluster_address
-from pipeline.receipt import decode_receipts
+from pipeline.receipt import decode_receipt
 from pipeline.records import Receipt
 from pipeline.signals import catch_signals
 from pipeline.source import UnitSource
@@ -40,10 +40,6 @@ ROWS_AHEAD, UNITS_AHEAD = 11, 2
 """Rows that a worker holds for each that its engine computes at once, a little more than are begun
 (see schedule), and units beyond that: one is being read, one committed."""
 MAX_UNITS_IN_FLIGHT = 256
-BUNDLES, MAX_BUNDLE = 4, 8
-"""Fewest bundles that a worker's units are in, and most units of one."""
-SINGLES = 4
-"""A job that is not so many times as large as what its workers hold at once has no bundles."""
 FULL_POOL = 0.99
 NO_PROGRESS_TIMEOUT_S = 24 * 3600
 """Ray Data's own 30 minutes would end a job whose units are slow or whose engine is large."""
@@ -158,19 +154,16 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
     """
     share = spec.share
     replicas = share.replicas
-    units = sum(1 for shard in plan.shards for _ in shard.units())
-    traffic = traffic_of(
-        units, plan.pending_rows / max(1, units), spec.lane.model.max_num_seqs, replicas.max
-    )
+    in_flight = units_in_flight(spec.lane.model, plan, replicas.max)
     context = DataContext.get_current()
-    # A block is cut as soon as it exceeds this: every bundle is its own block, and so its own task.
+    # A block is cut as soon as it exceeds this: every unit is its own block, and so its own task.
     context.target_max_block_size = 1
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     context.enable_progress_bars = False
     # Ray grows a pool when more tasks wait than it holds; ours are never queued beyond what a
     # worker does at once, so a full pool is what calls for another replica.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = FULL_POOL
-    source = UnitSource(plan, columns, spec.watch, traffic.bundle, traffic.single)
+    source = UnitSource(plan, columns, spec.watch)
     dataset = ray.data.read_datasource(
         source,
         override_num_blocks=source.task_count,
@@ -187,13 +180,15 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
         compute=ActorPoolStrategy(
             min_size=replicas.min,
             max_size=replicas.max,
-            max_tasks_in_flight_per_actor=traffic.bundles,
+            max_tasks_in_flight_per_actor=in_flight,
         ),
-        max_concurrency=traffic.bundles,
+        max_concurrency=in_flight,
     )
     try:
         for row in dataset.iter_rows():
-            yield from decode_receipts(row["receipts"])
+            receipt = decode_receipt(row["receipt"])
+            if receipt:
+                yield receipt
     except ray.exceptions.RayError as error:
         raise ClusterError(
             f"Ray gave up: {type(error).__name__}: {_last_line(error)}",
@@ -201,27 +196,18 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
         ) from error
 
 
-class Traffic(NamedTuple):
-    """How units go to the workers."""
-
-    bundles: int
-    """That a worker holds at once."""
-    bundle: int
-    """Units of one."""
-    single: int
-    """Units at the end that are a bundle each, so that the workers end together."""
+def units_in_flight(model: ModelConfig, plan: Plan, replicas: int) -> int:
+    """Units of the plan that a worker holds at once."""
+    units = sum(1 for shard in plan.shards for _ in shard.units())
+    rows_per_unit = plan.pending_rows / max(1, units)
+    return units_to_hold(units, rows_per_unit, model.max_num_seqs, replicas)
 
 
-def traffic_of(units: int, rows_per_unit: float, max_num_seqs: int, replicas: int) -> Traffic:
-    """Of a job of so many units. A worker holds as many as it needs to begin enough; no more than
-    its share, else the first one that is up would take all of a small job. Only where there are
-    many more do several travel together."""
+def units_to_hold(units: int, rows_per_unit: float, max_num_seqs: int, replicas: int) -> int:
+    """So many that enough can be begun. No more than a replica's share, else the first one that is
+    up would take all of a small job."""
     wanted = math.ceil(ROWS_AHEAD * max_num_seqs / max(1.0, rows_per_unit)) + UNITS_AHEAD
-    held = max(1, min(MAX_UNITS_IN_FLIGHT, wanted, math.ceil(units / replicas)))
-    bundle = max(1, min(MAX_BUNDLE, held // BUNDLES))
-    if bundle == 1 or units < SINGLES * replicas * held:
-        return Traffic(held, 1, units)
-    return Traffic(math.ceil(held / bundle) + 1, bundle, replicas * held)
+    return max(1, min(MAX_UNITS_IN_FLIGHT, wanted, math.ceil(units / replicas)))
 
 
 def _last_line(error: BaseException) -> str:

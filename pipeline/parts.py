@@ -200,10 +200,10 @@ def read_stamp(output: Folder, path: str) -> Stamp | None:
     return Stamp.from_footer(footer) if footer else None
 
 
-def read_part_counts(output: Folder, rows: Unit) -> dict[Unit, Counts]:
-    """The counts of every part that holds some of these rows and no others."""
-    parts = parts_among(output.list(f"{PARTS}/{rows.shard}")).get(rows.shard, [])
-    inside = [part for part in parts if rows.start <= part.start and part.stop <= rows.stop]
+def read_part_counts(output: Folder, unit: Unit) -> dict[Unit, Counts]:
+    """The counts of every part that lies in the unit's range."""
+    parts = parts_among(output.list(f"{PARTS}/{unit.shard}")).get(unit.shard, [])
+    inside = [part for part in parts if unit.start <= part.start and part.stop <= unit.stop]
     stamps = [read_stamp(output, part_path(part)) for part in inside]
     return {part: stamp.counts for part, stamp in zip(inside, stamps, strict=True) if stamp}
 

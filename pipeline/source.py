@@ -1,18 +1,16 @@
-"""The Ray Data source: one dataset row is a bundle, some units of a shard that travel together.
+"""The Ray Data source: one dataset row is one unit, with the unit's rows nested in it.
 
-Ray Data does not keep block boundaries, so a unit must be in a row to stay whole. Its rows travel
-as one Arrow IPC message: files whose column types differ then need no common schema. And a row is
-a task, which costs Ray 25 ms of CPU in all, as much as 256 short rows cost us: so in a large job
-several units share one.
+Ray Data does not keep block boundaries, so a unit must be a row to stay whole. Its rows travel as
+one Arrow IPC message: files whose column types differ then need no common schema.
 """
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, chain, islice
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from typing import Any
 
 import pyarrow as pa
 from ray.data import Datasource, ReadTask
@@ -26,62 +24,55 @@ from pipeline.records import Unit
 from pipeline.shards import Shard
 from pipeline.storage import Folder
 
-BUNDLE_SCHEMA = pa.schema([
+UNIT_SCHEMA = pa.schema([
     ("shard", pa.string()),
+    ("start", pa.int64()),
+    ("stop", pa.int64()),
     ("fingerprint", pa.string()),
-    ("units", pa.list_(pa.struct([
-        ("start", pa.int64()),
-        ("stop", pa.int64()),
-        ("rows", pa.large_binary()),
-    ]))),
-    ("error", pa.string()),  # instead of units, where reading failed
+    ("rows", pa.large_binary()),
+    ("error", pa.string()),  # instead of rows, where reading failed
 ])  # fmt: skip
-
-T = TypeVar("T")
-Bundle: TypeAlias = list[tuple[Unit, pa.Table]]
-"""Units, and their rows."""
 
 TASK_ROWS = 1 << 18
 """Rows that one read task covers, so that a very large file is read by several at once. A task
 ends with a row group: two that share one would both decode it from its beginning."""
 
 
-def encode_bundle(fingerprint: str, bundle: Bundle) -> pa.Table:
-    """Units of one shard, and its fingerprint, as one row of BUNDLE_SCHEMA."""
-    units = [
-        {"start": unit.start, "stop": unit.stop, "rows": _message(rows)} for unit, rows in bundle
-    ]
-    row = {"shard": bundle[0][0].shard, "fingerprint": fingerprint, "units": units, "error": None}
-    return pa.Table.from_pylist([row], schema=BUNDLE_SCHEMA)
-
-
-def _message(rows: pa.Table) -> bytes:
+def encode_unit(unit: Unit, fingerprint: str, rows: pa.Table) -> pa.Table:
+    """A unit as one row of UNIT_SCHEMA."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, rows.schema) as writer:
         writer.write_table(rows)
-    return bytes(sink.getvalue())
+    return pa.table(
+        {
+            "shard": [unit.shard],
+            "start": [unit.start],
+            "stop": [unit.stop],
+            "fingerprint": [fingerprint],
+            "rows": [sink.getvalue().to_pybytes()],
+            "error": [None],
+        },
+        schema=UNIT_SCHEMA,
+    )
 
 
 def encode_failure(error: AxbatchError) -> pa.Table:
     """A row that stands for units that could not be read: Ray would make text of the error."""
-    row = {**dict.fromkeys(BUNDLE_SCHEMA.names), "error": error.to_json()}
-    return pa.Table.from_pylist([row], schema=BUNDLE_SCHEMA)
+    row = {**dict.fromkeys(UNIT_SCHEMA.names), "error": error.to_json()}
+    return pa.Table.from_pylist([row], schema=UNIT_SCHEMA)
 
 
-def decode_bundle(block: pa.Table) -> tuple[str, Bundle]:
-    """The fingerprint of the units' input, and the units: the inverse of `encode_bundle`.
+def decode_unit(block: pa.Table) -> tuple[Unit, str, pa.Table]:
+    """The unit, its input's fingerprint, and its rows: the inverse of `encode_unit`.
 
     Raises the AxbatchError of `encode_failure`.
     """
-    fields = {name: block[name][0] for name in BUNDLE_SCHEMA.names}
+    fields = {name: block[name][0] for name in UNIT_SCHEMA.names}
     if fields["error"].is_valid:
         raise error_from_json(fields["error"].as_py())
-    shard, bundle = fields["shard"].as_py(), []
-    for each in fields["units"]:
-        with pa.ipc.open_stream(each["rows"].as_buffer()) as reader:
-            unit = Unit(shard, each["start"].as_py(), each["stop"].as_py())
-            bundle.append((unit, reader.read_all()))
-    return fields["fingerprint"].as_py(), bundle
+    unit = Unit(fields["shard"].as_py(), fields["start"].as_py(), fields["stop"].as_py())
+    with pa.ipc.open_stream(fields["rows"].as_buffer()) as reader:
+        return unit, fields["fingerprint"].as_py(), reader.read_all()
 
 
 def read_units(
@@ -138,17 +129,12 @@ class UnitSource(Datasource):  # type: ignore[misc]  # ray is untyped here
     """Pending units of a plan, until `watch` says stop. One read task per shard, more for a very
     large one."""
 
-    def __init__(
-        self, plan: Plan, columns: list[str], watch: Watch, bundle: int = 1, single: int = 0
-    ) -> None:
-        """So many units are a `bundle`; but the last ones, `single` of them, are one each."""
-        left = sum(1 for shard in plan.shards for _ in shard.units())
-        self._tasks = []
-        for shard in plan.shards:
-            for units in _task_units(shard):
-                bundles = list(in_bundles(units, bundle, left - single))
-                left -= len(units)
-                self._tasks.append(_read_task(shard.shard, columns, bundles, watch))
+    def __init__(self, plan: Plan, columns: list[str], watch: Watch) -> None:
+        self._tasks = [
+            _read_task(shard.shard, columns, units, watch)
+            for shard in plan.shards
+            for units in _task_units(shard)
+        ]
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -162,39 +148,26 @@ class UnitSource(Datasource):  # type: ignore[misc]  # ray is untyped here
         return len(self._tasks)
 
 
-def in_bundles(units: Sequence[T], size: int, bundled: int) -> Iterator[Sequence[T]]:
-    """The units in their order, the first `bundled` of them by `size`, the others one by one."""
-    start = 0
-    while start < len(units):
-        stop = start + (min(size, bundled - start) if start < bundled else 1)
-        yield units[start:stop]
-        start = stop
-
-
-def _read_task(
-    shard: Shard, columns: list[str], bundles: Sequence[Sequence[Unit]], watch: Watch
-) -> ReadTask:
+def _read_task(shard: Shard, columns: list[str], units: list[Unit], watch: Watch) -> ReadTask:
     metadata = BlockMetadata(
-        num_rows=len(bundles), size_bytes=None, input_files=[shard.path], exec_stats=None
+        num_rows=len(units), size_bytes=None, input_files=[shard.path], exec_stats=None
     )
-    return ReadTask(_reader(shard, columns, bundles, watch), metadata, schema=BUNDLE_SCHEMA)
+    return ReadTask(_reader(shard, columns, units, watch), metadata, schema=UNIT_SCHEMA)
 
 
 def _reader(
-    shard: Shard, columns: list[str], bundles: Sequence[Sequence[Unit]], watch: Watch
+    shard: Shard, columns: list[str], units: list[Unit], watch: Watch
 ) -> Callable[[], Iterable[pa.Table]]:
     source, path, fingerprint = shard.source, shard.path, shard.fingerprint
     selected = shard.selected
 
     def read() -> Iterator[pa.Table]:
-        units = read_units(source, path, columns, chain.from_iterable(bundles), selected)
         try:
-            for bundle in bundles:
-                rows = list(islice(units, len(bundle)))
+            for unit, rows in read_units(source, path, columns, units, selected):
                 shard.check_unchanged()  # now, as it would be committed for the version planned
                 if watch.says_stop():
                     return
-                yield encode_bundle(fingerprint, rows)
+                yield encode_unit(unit, fingerprint, rows)
         except AxbatchError as error:
             yield encode_failure(error)
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow as pa
 
@@ -59,11 +59,11 @@ from pipeline.metrics import Metrics
 from pipeline.model import resolve_model
 from pipeline.parts import Stamp, commit_part, read_part_counts, result_table
 from pipeline.reaper import guard_children
-from pipeline.receipt import encode_receipts
+from pipeline.receipt import NOT_BEGUN, encode_receipt
 from pipeline.records import DEFERRED, Completion, Counts, Output, Receipt, Row, Unit
 from pipeline.repeats import Repeats
 from pipeline.schedule import Schedule
-from pipeline.source import decode_bundle
+from pipeline.source import decode_unit
 from pipeline.storage import Folder
 from pipeline.task import LongTextTask
 from pipeline.tokens import RowText
@@ -100,7 +100,7 @@ class WorkerSpec:
 
 
 class Worker:
-    """The callable of Ray Data's map: a bundle of units in, their receipts out."""
+    """The callable of Ray Data's map: a block with one unit in, a block with its receipt out."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         redirect_output(spec.log)
@@ -134,55 +134,33 @@ class Worker:
 
     async def __call__(self, block: pa.Table) -> dict[str, list[str]]:
         try:
-            if isinstance(self._failure, AxbatchError):
-                raise self._failure
             if self._failure:
-                self._leave(self._failure)
-            return {"receipts": [encode_receipts(await self._do_bundle(block))]}
+                raise self._failure
+            receipt = await self._do_unit(block)
+            return {"receipt": [encode_receipt(receipt) if receipt else NOT_BEGUN]}
         except AxbatchError as error:
-            return {"receipts": [error.to_json()]}
+            return {"receipt": [error.to_json()]}
+        except EngineGone as gone:
+            # Ray retries the units elsewhere and replaces this worker only if the process ends.
+            # Nothing else may run meanwhile, so this blocks the loop.
+            print(f"axbatch: engine of {self._name} is gone: {gone}", flush=True)
+            with suppress(StorageError):  # the next worker on this machine tries again
+                bury(self._journal.path, self._output)
+            if not self._failure:
+                with suppress(StorageError):  # then what it did since the last unit is not known
+                    leave_reading(
+                        self._output, self._spec.run, self._name, self._engine.meter.read()
+                    )
+            os._exit(1)
 
-    def _leave(self, gone: EngineGone) -> NoReturn:
-        """Ray retries the units elsewhere and replaces this worker only if the process ends."""
-        print(f"axbatch: engine of {self._name} is gone: {gone}", flush=True)
-        with suppress(StorageError):  # the next worker on this machine tries again
-            bury(self._journal.path, self._output)
-        if not self._failure:
-            with suppress(StorageError):  # then what it did since the last unit is not known
-                leave_reading(self._output, self._spec.run, self._name, self._engine.meter.read())
-        os._exit(1)
-
-    async def _do_bundle(self, block: pa.Table) -> list[Receipt]:
-        """Of the units that have begun; once the watch says stop, no more do."""
-        fingerprint, bundle = decode_bundle(block)
-        first, last = bundle[0][0], bundle[-1][0]
-        all_rows = Unit(first.shard, first.start, last.stop)
-        crashes = await asyncio.to_thread(read_crashes, self._output, first.shard)
-        # A worker may have died after a commit, and before Ray had the receipt.
-        done = await asyncio.to_thread(read_part_counts, self._output, all_rows) if crashes else {}
-
-        async def do(unit: Unit, rows: pa.Table) -> Receipt | None:
-            try:
-                return await self._do_unit(unit, fingerprint, rows, crashes, done)
-            except EngineGone as gone:
-                # Not a step later: a unit that waits to be alone would begin, and seem to have
-                # killed it.
-                self._leave(gone)
-
-        receipts = await asyncio.gather(*(do(unit, rows) for unit, rows in bundle))
-        return [receipt for receipt in receipts if receipt]
-
-    async def _do_unit(
-        self,
-        unit: Unit,
-        fingerprint: str,
-        table: pa.Table,
-        crashes: Sequence[Crash],
-        done: Mapping[Unit, Counts],
-    ) -> Receipt | None:
-        """`crashes` are the shard's, `done` parts of the bundle. None if it has not begun."""
+    async def _do_unit(self, block: pa.Table) -> Receipt | None:
+        """None if it has not begun, as the watch says stop."""
         started = time.monotonic()
+        unit, fingerprint, table = decode_unit(block)
         rows = _rows_of(table)
+        crashes = await asyncio.to_thread(read_crashes, self._output, unit.shard)
+        # A worker may have died after its commit, and before Ray had the receipt.
+        done = await asyncio.to_thread(read_part_counts, self._output, unit) if crashes else {}
         crashes = crashes_of(unit, crashes)
         if unit in done:
             counts = done[unit]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.accounting import SCRIPTS, Sample, TextCounts, Usage
 from pipeline.errors import RefusedError, RowRejected
-from pipeline.receipt import decode_receipts, encode_receipts
+from pipeline.receipt import decode_receipt, encode_receipt
 from pipeline.records import Completion, Counts, Output, Receipt, Unit
 
 tokens = st.integers(0, 10**12)
@@ -95,8 +95,7 @@ def test_receipt_survives_its_encoding(
     unit: Unit, outputs: list[tuple[str, str | None, Usage]], worker: str, seconds: float
 ) -> None:
     receipt = Receipt(unit, counted(outputs), worker, seconds)
-    assert decode_receipts(encode_receipts([])) == []
-    assert decode_receipts(encode_receipts([receipt, receipt])) == [receipt, receipt]
+    assert decode_receipt(encode_receipt(receipt)) == receipt
 
 
 def test_receipt_takes_few_kilobytes() -> None:
@@ -109,7 +108,7 @@ def test_receipt_takes_few_kilobytes() -> None:
     counts.account.texts = {
         name: TextCounts(10**6, 10**9, dict.fromkeys(SCRIPTS, big)) for name in ("text", "ko")
     }
-    assert len(encode_receipts([Receipt(unit, counts, "node-17:12345", 12.5)])) < 4096
+    assert len(encode_receipt(Receipt(unit, counts, "node-17:12345", 12.5))) < 4096
 
 
 def test_completion_without_content_has_empty_text() -> None:

@@ -13,13 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipeline.cluster import (
-    BUNDLES,
-    MAX_BUNDLE,
-    MAX_UNITS_IN_FLIGHT,
-    SINGLES,
-    traffic_of,
-)
+from pipeline.cluster import MAX_UNITS_IN_FLIGHT, units_to_hold
 from pipeline.lease import Watch
 from pipeline.records import Unit
 from pipeline.schedule import BEGUN, Schedule
@@ -401,19 +395,13 @@ def test_all_units_of_a_worker_come_back_when_the_run_drains(
 @given(st.integers(0, 10**6), st.floats(1, 300), st.integers(1, 4096), st.integers(1, 50))
 @example(10**6, 1.0, 256, 1)  # short units of long documents
 @example(0, 1.0, 1, 1)
-@example(10**5, 256.0, 1024, 2)
 def test_worker_holds_units_enough_for_its_engine_and_no_more_than_its_share(
     units: int, rows_per_unit: float, slots: int, replicas: int
 ) -> None:
-    traffic = traffic_of(units, rows_per_unit, slots, replicas)
+    held = units_to_hold(units, rows_per_unit, slots, replicas)
     share = math.ceil(units / replicas)
-    held, ready = traffic.bundles * traffic.bundle, (traffic.bundles - 1) * traffic.bundle
     assert 1 <= held <= max(1, share)
-    assert held <= MAX_UNITS_IN_FLIGHT + 2 * MAX_BUNDLE
+    assert held <= MAX_UNITS_IN_FLIGHT
     if held < min(share, MAX_UNITS_IN_FLIGHT):
-        assert ready * rows_per_unit >= BEGUN * slots, "while one is being committed"
-        spare = 3 if traffic.bundle == 1 else 2 * traffic.bundle + 2
-        assert (held - spare) * rows_per_unit < 11 * slots, "what is held is lost with its engine"
-    if traffic.bundle > 1:
-        assert traffic.bundles > BUNDLES
-        assert units >= SINGLES * traffic.single >= SINGLES * replicas
+        assert (held - 1) * rows_per_unit >= BEGUN * slots, "while one is being committed"
+        assert (held - 3) * rows_per_unit < 11 * slots, "what is held is lost with its engine"

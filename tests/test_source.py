@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InputError
 from pipeline.records import Unit
-from pipeline.source import BUNDLE_SCHEMA, decode_bundle, encode_bundle, in_bundles, read_units
+from pipeline.source import UNIT_SCHEMA, decode_unit, encode_unit, read_units
 from pipeline.storage import Folder
 
 Write = Callable[..., Path]
@@ -94,33 +94,22 @@ def test_selected_rows_may_be_of_a_type_that_arrow_cannot_take_from(
     assert rows["text"].to_pylist() == ["3", "7"]
 
 
-@given(st.lists(st.tuples(st.integers(0, ROWS - 1), st.integers(1, 50)), min_size=1, max_size=4))
-def test_units_come_back_whole_from_their_bundle(ranges: list[tuple[int, int]]) -> None:
-    units = [Unit("뉴스/a.parquet", start, min(ROWS, start + size)) for start, size in ranges]
-    bundle = [(unit, TABLE.slice(unit.start, unit.rows)) for unit in units]
-    block = encode_bundle('9:"etag"', bundle)
-    assert (block.num_rows, block.schema) == (1, BUNDLE_SCHEMA)
-    fingerprint, again = decode_bundle(block)
-    assert fingerprint == '9:"etag"'
-    assert [unit for unit, _ in again] == units
-    for (_, rows), (_, decoded) in zip(bundle, again, strict=True):
-        assert decoded.to_pylist() == rows.to_pylist()
-        assert decoded.schema == rows.schema
+@given(st.integers(0, ROWS - 1), st.integers(1, 50))
+def test_unit_comes_back_whole_from_its_row(start: int, size: int) -> None:
+    unit = Unit("뉴스/a.parquet", start, min(ROWS, start + size))
+    rows = TABLE.slice(unit.start, unit.rows)
+    block = encode_unit(unit, '9:"etag"', rows)
+    assert (block.num_rows, block.schema) == (1, UNIT_SCHEMA)
+    again, fingerprint, decoded = decode_unit(block)
+    assert (again, fingerprint) == (unit, '9:"etag"')
+    assert decoded.to_pylist() == rows.to_pylist()
+    assert decoded.schema == rows.schema
 
 
-def test_encoded_bundle_holds_its_own_rows_only() -> None:
+def test_encoded_unit_holds_its_own_rows_only() -> None:
     many = pa.table({"text": ["x" * 1000] * 10_000})
-    block = encode_bundle("1:a", [(Unit("a.parquet", 5000, 5010), many.slice(5000, 10))])
-    assert block.nbytes < 20_000
-
-
-@given(st.integers(0, 40), st.integers(1, 9), st.integers(-20, 60))
-def test_bundles_are_the_units_in_order(units: int, size: int, bundled: int) -> None:
-    bundles = [list(bundle) for bundle in in_bundles(range(units), size, bundled)]
-    assert [unit for bundle in bundles for unit in bundle] == list(range(units))
-    assert all(1 <= len(bundle) <= size for bundle in bundles)
-    assert all(len(bundle) == 1 for bundle in bundles if bundle[0] >= bundled)
-    assert sum(len(bundle) < size for bundle in bundles if bundle[0] < bundled) <= 1
+    block = encode_unit(Unit("a.parquet", 5000, 5010), "1:a", many.slice(5000, 10))
+    assert block["rows"][0].as_buffer().size < 20_000
 
 
 def test_rows_are_those_of_the_columns_asked_for(tmp_path: Path, write_parquet: Write) -> None:

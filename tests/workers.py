@@ -16,9 +16,9 @@ from pipeline.engine import Engine
 from pipeline.engine.echo import EchoEngine
 from pipeline.lanes import first_lane
 from pipeline.lease import Watch
-from pipeline.receipt import decode_receipts
+from pipeline.receipt import decode_receipt
 from pipeline.records import Receipt, Unit
-from pipeline.source import encode_bundle
+from pipeline.source import encode_unit
 from pipeline.storage import Folder
 from pipeline.worker import Worker, WorkerSpec
 from tests.faults.without_ray import ONE
@@ -44,6 +44,5 @@ def spec_here(
 
 async def do_unit(alive: Worker, unit: Unit, rows: dict[str, Any]) -> Receipt | None:
     """The unit's rows as columns. None if the run drains."""
-    block = encode_bundle("1:x", [(unit, pa.table(rows))])
-    receipts = decode_receipts((await alive(block))["receipts"][0])
-    return receipts[0] if receipts else None
+    block = encode_unit(unit, "1:x", pa.table(rows))
+    return decode_receipt((await alive(block))["receipt"][0])

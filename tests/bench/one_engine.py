@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import worker
 from pipeline.accounting import Usage
-from pipeline.cluster import traffic_of
+from pipeline.cluster import units_in_flight
 from pipeline.config import JobConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.running import ReplicaRange
@@ -25,8 +25,7 @@ from pipeline.engine.vllm import VllmEngine
 from pipeline.lanes import first_lane
 from pipeline.lease import Watch
 from pipeline.model import DEMO_MODEL
-from pipeline.receipt import decode_receipts
-from pipeline.source import encode_bundle, read_units
+from pipeline.source import encode_unit, read_units
 from pipeline.storage import Folder
 from tests.bench.contestants import ENGINE
 from tests.bench.workloads import Body, write
@@ -107,7 +106,7 @@ class OneEngine:
             )  # fmt: skip
             ours = WorkerBeside(spec, self._engine)
             blocks = (
-                encode_bundle(shard.shard.fingerprint, [(unit, rows)])
+                encode_unit(unit, shard.shard.fingerprint, rows)
                 for shard in plan.shards
                 for unit, rows in read_units(
                     shard.shard.source, shard.shard.path, ["body"], shard.units()
@@ -119,11 +118,12 @@ class OneEngine:
 
             async def hold() -> None:
                 for block in blocks:
-                    assert decode_receipts((await ours(block))["receipts"][0])
+                    receipt = json.loads((await ours(block))["receipt"][0])
+                    assert "error" not in receipt, receipt
 
-            units = sum(1 for shard in plan.shards for _ in shard.units())
-            held = traffic_of(units, len(bodies) / units, job.model.max_num_seqs, 1).bundles
-            await asyncio.gather(*(hold() for _ in range(held)))
+            await asyncio.gather(
+                *(hold() for _ in range(units_in_flight(job.model, plan, replicas=1)))
+            )
             seconds = time.monotonic() - began
         after = self._engine.meter.read().usage
         return seconds, Usage(

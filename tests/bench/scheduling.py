@@ -3,8 +3,8 @@
     python -m tests.bench.scheduling
 
 Each replica has as many slots as its engine computes requests at once; a request takes as long as
-its answer. Units of 256 rows go to the replicas as Ray hands them out: each holds as many bundles
-as `traffic_of` says, and gets the next when one is done. Nothing else takes time.
+its answer. Units of 256 rows go to the replicas as Ray hands them out: each holds as many as
+`units_in_flight` says, and gets the next when one is done. Nothing else takes time.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 
-from pipeline.cluster import traffic_of
+from pipeline.cluster import units_to_hold
 from pipeline.schedule import Schedule
-from pipeline.source import in_bundles
 from tests.bench.workloads import log_normal_length
 from tests.virtual_time import run_virtually
 
@@ -57,19 +56,17 @@ def simulate(
     busy all the time, or as long as the longest row), by what it takes. `known` is what can be told
     of an answer's length beforehand."""
     units = [lengths[i : i + ROWS_PER_UNIT] for i in range(0, len(lengths), ROWS_PER_UNIT)]
-    traffic = traffic_of(len(units), ROWS_PER_UNIT, slots, replicas)
-    left = in_bundles(units, traffic.bundle, len(units) - traffic.single)
+    held = units_to_hold(len(units), ROWS_PER_UNIT, slots, replicas)
+    left = iter(units)
 
     async def cluster() -> list[Replica]:
         several = [Replica(slots, longest_first, known) for _ in range(replicas)]
 
         async def hold(replica: Replica) -> None:
-            for bundle in left:
-                await asyncio.gather(*map(replica.do, bundle))
+            for unit in left:
+                await replica.do(unit)
 
-        await asyncio.gather(
-            *(hold(replica) for _ in range(traffic.bundles) for replica in several)
-        )
+        await asyncio.gather(*(hold(replica) for _ in range(held) for replica in several))
         return several
 
     done = run_virtually(cluster())

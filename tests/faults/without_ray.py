@@ -20,9 +20,9 @@ from pipeline.cli import command
 from pipeline.config import JobConfig
 from pipeline.config.running import ReplicaRange
 from pipeline.plan import Plan
-from pipeline.receipt import decode_receipts
+from pipeline.receipt import decode_receipt
 from pipeline.records import Receipt
-from pipeline.source import encode_bundle, read_units
+from pipeline.source import encode_unit, read_units
 from pipeline.worker import Resources, Worker, WorkerSpec
 
 T = TypeVar("T")
@@ -42,8 +42,10 @@ def receipts_here(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[
             for unit, rows in read_units(
                 shard.source, shard.path, columns, list(planned.units()), shard.selected
             ):
-                block = encode_bundle(shard.fingerprint, [(unit, rows)])
-                yield from decode_receipts(runner.run(worker(block))["receipts"][0])
+                block = encode_unit(unit, shard.fingerprint, rows)
+                receipt = decode_receipt(runner.run(worker(block))["receipt"][0])
+                if receipt:
+                    yield receipt
 
 
 class InTurn(ThreadPoolExecutor):
