@@ -139,7 +139,7 @@ def test_packed_conversations_are_learned_as_if_each_stood_alone(tokenizer: Any)
     import torch
 
     from infra.demo_model.corpus import MISSES, answers, encode, pack
-    from infra.demo_model.train import answer_loss, last_hidden_states, new_model
+    from infra.demo_model.train import answer_loss, last_hidden_states, new_model, token_loss
 
     torch.manual_seed(0)
     model = new_model(tokenizer).eval()
@@ -149,7 +149,7 @@ def test_packed_conversations_are_learned_as_if_each_stood_alone(tokenizer: Any)
     batch = pack(tokenizer, iter([*conversations, *[long] * MISSES]), tokens=560)
     with torch.no_grad():
         together = type(batch)(*(tensor[None] for tensor in batch))
-        loss = answer_loss(model, last_hidden_states(model, together), together)
+        loss = answer_loss(model, last_hidden_states(model, together), together, token_loss)
         model.set_attn_implementation("sdpa")  # what everybody else computes
         alone: list[float] = []
         weights: list[float] = []
@@ -164,6 +164,27 @@ def test_packed_conversations_are_learned_as_if_each_stood_alone(tokenizer: Any)
     assert 50 < count == len(alone)
     expected = sum(map(mul, alone, weights)) / sum(weights)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def test_muon_in_groups_moves_matrices_as_torch_does() -> None:
+    import torch
+
+    from infra.demo_model.muon import Muon
+
+    torch.manual_seed(0)
+    shapes = [(64, 64), (176, 64), (64, 176), (32, 64), (176, 64)]
+    ours = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    theirs = [weight.detach().clone().requires_grad_() for weight in ours]
+    grouped = Muon(ours, lr=5e-3, weight_decay=0.01)
+    alone = torch.optim.Muon(theirs, 5e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        grouped.step()
+        alone.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_short_training_lowers_the_loss_and_goes_on_after_an_interruption(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def answers(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[float]:
     It says what stands after `<|assistant|>`, up to `<|im_end|>` and with it. The first tokens
     decide: a letter, a sentence to be copied, a tool; what follows, mostly follows from them.
     """
-    begin = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    begin, end = tokenizer.convert_tokens_to_ids("<|assistant|>"), tokenizer.eos_token_id
     said, weights = -1, []  # how many tokens of the turn were said
     for token in ids:
         weights.append(0.0 if said < 0 else FIRST_WEIGHT if said < FIRST_TOKENS else 1.0)
@@ -197,6 +197,6 @@ def answers(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[float]:
             said += 1
         if token == begin:
             said = 0
-        elif token == tokenizer.eos_token_id:
+        elif token == end:
             said = -1
     return weights

@@ -136,18 +136,22 @@ def fact_question(dice: random.Random) -> Question:
 def reading_question(dice: random.Random) -> Question:
     """A short text and what it says; the text stands before the question."""
     slot = dice.choice([*READING])
+    template = dice.choice(templates_that_name_one(slot))
+    right, *wrong = distinct([grammar.SLOTS[slot] for _ in LABELS], dice)
+    sentence = grammar.fill_with(template, {slot: right}, dice)
+    text = Value(f"{sentence.en}\n{READING[slot].en}", f"{sentence.ko}\n{READING[slot].ko}")
+    return Question(text, right, wrong)
+
+
+@cache
+def templates_that_name_one(slot: str) -> list[grammar.Template]:
+    """The templates with just one slot of this kind, and no variant of it."""
 
     def names_one(template: grammar.Template) -> bool:
         kinds = [name for name, _, _ in grammar.SLOT.findall(template.en)]
         return kinds.count(slot) == 1 and "{" + slot + "}" in template.en
 
-    template = dice.choice(
-        [template for template in grammar.read_templates() if names_one(template)]
-    )
-    right, *wrong = distinct([grammar.SLOTS[slot] for _ in LABELS], dice)
-    sentence = grammar.fill_with(template, {slot: right}, dice)
-    text = Value(f"{sentence.en}\n{READING[slot].en}", f"{sentence.ko}\n{READING[slot].ko}")
-    return Question(text, right, wrong)
+    return [template for template in grammar.read_templates() if names_one(template)]
 
 
 def distinct(makers: list[grammar.Maker], dice: random.Random) -> list[Value]:

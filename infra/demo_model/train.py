@@ -22,12 +22,13 @@ from typing import NamedTuple
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from infra.demo_model import attention
 from infra.demo_model.corpus import SEED, SKILLS, Batch, make_batch
+from infra.demo_model.muon import Muon
 from pipeline.model import DEMO_MODEL
 
 HERE = Path(__file__).parent
@@ -96,13 +97,15 @@ def train(
             part.load_state_dict(state)
         first = saved["step"]
     start_log(log, first)
-    read = torch.compile(last_hidden_states) if compiled else last_hidden_states
+    read, compare = last_hidden_states, token_loss
+    if compiled:
+        read, compare = torch.compile(read), torch.compile(compare, dynamic=True)
     losses: list[float] = []
     began = time.monotonic()
     for step in range(first, steps):
         batch = make_batch(tokenizer, step)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = answer_loss(model, read(model, batch), batch)
+            loss = answer_loss(model, read(model, batch), batch, compare)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in [*optimizers, *schedules]:
@@ -137,12 +140,7 @@ def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     layers = {id(weight) for weight in matrices}
     rest = [weight for weight in model.parameters() if id(weight) not in layers]
     return [
-        torch.optim.Muon(
-            matrices,
-            PEAK_MUON_LEARNING_RATE,
-            weight_decay=0.01,
-            adjust_lr_fn="match_rms_adamw",
-        ),
+        Muon(matrices, PEAK_MUON_LEARNING_RATE, weight_decay=0.01),
         torch.optim.AdamW(
             rest, PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         ),
@@ -175,12 +173,23 @@ def last_hidden_states(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     return hidden
 
 
-def answer_loss(model: LlamaForCausalLM, hidden: Tensor, batch: Batch) -> Tensor:
+def answer_loss(
+    model: LlamaForCausalLM,
+    hidden: Tensor,
+    batch: Batch,
+    compare: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
     """Weighted mean cross-entropy over a batch's answer tokens, in nats per token (a scalar)."""
     learned = batch.targets >= 0
-    logits = model.lm_head(hidden[learned]).float()  # [answer tokens, vocabulary]
-    losses = cross_entropy(logits, batch.targets[learned], reduction="none")
-    weights = batch.weights[learned]
+    return compare(
+        model.lm_head.weight, hidden[learned], batch.targets[learned], batch.weights[learned]
+    )
+
+
+def token_loss(head: Tensor, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """`answer_loss` of tokens alone: the logits are gone over once where this is compiled."""
+    logits = linear(hidden, head).float()  # [answer tokens, vocabulary]
+    losses = cross_entropy(logits, targets, reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
