@@ -90,10 +90,10 @@ def test_translations_are_right_whatever_the_parallelism(tmp_path: Path, layout:
 @pytest.mark.skipif(not NTREX.is_file(), reason="the NTREX sentences are not beside the checkout")
 def test_ntrex_mirrors_its_input_and_a_second_run_starts_no_engine(tmp_path: Path) -> None:
     sentences = tsv(NTREX, "en", "ko").rename_columns(["en", "reference"])
-    table = with_odd_columns(sentences[:600])
+    table = with_odd_columns(sentences[:300])
     # News is not the model's world: of some sentences it loses what must be kept.
     job = demo_job(tmp_path, limits={"max_failed_fraction": 0.3})
-    cuts = [0, 1, 130, 300, 600]
+    cuts = [0, 1, 70, 150, 300]
     files = {f"part-{i}.parquet": table[a:b] for i, (a, b) in enumerate(pairwise(cuts))}
     for name, rows in files.items():
         job.write_input(name, rows)
@@ -101,9 +101,9 @@ def test_ntrex_mirrors_its_input_and_a_second_run_starts_no_engine(tmp_path: Pat
     first = job.run()
     again = job.run()
 
-    assert first["this_run"]["rows"] == table.num_rows == 600
+    assert first["this_run"]["rows"] == table.num_rows == 300
     assert (again["this_run"]["rows"], again["log"]) == (0, None)
-    assert job.verify()["rows"] == 600
+    assert job.verify()["rows"] == 300
     for name, rows in files.items():
         made = pq.read_table(job.output / name)
         assert made.select(rows.column_names).cast(rows.schema).equals(rows)
@@ -112,12 +112,12 @@ def test_ntrex_mirrors_its_input_and_a_second_run_starts_no_engine(tmp_path: Pat
 
 def test_killed_engine_is_replaced_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """`make faults` has the other processes, and what a driver is ended by."""
-    rows = 300
+    rows = 150
     # Few sequences at once make it slow enough to be caught in the middle.
     job = demo_job(tmp_path, model={"id": "demo", "engine": {**CPU_OPTIONS, "max_num_seqs": 8}})
     job.write_input("a.parquet", unseen_sentences(rows))
     run = job.start("run", "--json")
-    run.wait_for_rows(64)
+    run.wait_for_rows(32)
     engines = engines_among(run.family())
     next(process for process in engines if "EngineCore" in "".join(process.cmdline())).kill()
     assert not psutil.wait_procs(engines, timeout=30)[1], "a dead engine's workers were left"

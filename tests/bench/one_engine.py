@@ -140,17 +140,22 @@ class OneEngine:
         return ids
 
     def least_tokens(self, bodies: Sequence[Body]) -> int:
-        """Tokens that must be computed: each beginning of a prompt once, each answer once."""
-        beginnings: set[tuple[int, int]] = set()
-        answers = {}
+        """Tokens that must be computed by an engine that forgets nothing: each beginning of whole
+        cache blocks once, what a prompt has behind these, and each answer; a request that comes
+        twice, once."""
+        block = ENGINE["block_size"]
+        beginnings: set[tuple[int, ...]] = set()
+        answers: dict[tuple[int, ...], int] = {}
+        behind = 0
         for each in bodies:
-            ids = self.token_ids(each)
-            known = 0
-            for id_ in ids:
-                known = hash((known, id_))
-                beginnings.add((known, id_))
-            answers[known] = each["max_tokens"]
-        return len(beginnings) + sum(answers.values())
+            ids = tuple(self.token_ids(each))
+            if ids in answers:
+                continue
+            answers[ids] = each["max_tokens"]
+            shared = (len(ids) - 1) // block * block  # the last token is computed in any case
+            beginnings.update(ids[:end] for end in range(block, shared + 1, block))
+            behind += len(ids) - shared
+        return block * len(beginnings) + behind + sum(answers.values())
 
     def close(self) -> None:
         self._engine.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.bench.workloads import requests, write
 
-ROWS = 640
+ROWS = 512
 BATCH_SIZES, CONCURRENT_BATCHES = (16, 64, 256), (4, 8, 16)
 
 RUN = """
