@@ -7,7 +7,6 @@ its own, with the same model and engine options.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,8 +26,13 @@ ENGINE: dict[str, Any] = {
     "max_num_batched_tokens": 4096,
     "block_size": 32,  # the smallest on a CPU; 16 on a GPU
 }
-BEST_RAY_DATA: dict[str, Any] = {"batch_size": 64, "max_concurrent_batches": 16}
-"""One of those that `python -m tests.bench.sweep` tries; set it to what is fastest on a machine."""
+BEST_RAY_DATA: dict[str, Any] = {
+    "batch_size": 64,
+    "max_concurrent_batches": 16,
+    "tokenize_stage": False,
+    "detokenize_stage": False,
+}
+"""The fastest of those that `python -m tests.bench.sweep` tries."""
 
 
 def bodies_in(folder: Path) -> list[Body]:
@@ -52,27 +56,19 @@ def bare_engine(folder: Path) -> None:
     print(json.dumps({"seconds": seconds}))
 
 
-def run_batch(folder: Path) -> None:
-    options = [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-        for name, value in ENGINE.items()
-    ]
-    subprocess.run(
-        [sys.executable, "-m", "vllm.entrypoints.launchers.run_batch",
-         "-i", folder / "rows.jsonl", "-o", folder / "answers.jsonl",
-         "--model", DEMO_MODEL, "--served-model-name", "bench", *options],
-        check=True,
-    )  # fmt: skip
-
-
 def ray_data(folder: Path, **settings: Any) -> None:
     """ray.data.llm, reading Parquet and writing it."""
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    # Its four stages each hold a CPU and its engine a GPU, which on a CPU is but a number.
+    ray.init(num_cpus=8, num_gpus=1, include_dashboard=False, log_to_driver=False)
     config = vLLMEngineProcessorConfig(
-        model_source=str(DEMO_MODEL), engine_kwargs=ENGINE, concurrency=1, **settings
+        model_source=str(DEMO_MODEL),
+        engine_kwargs=ENGINE,
+        concurrency=1,
+        log_engine_metrics=False,  # else it needs the extras of Ray Serve
+        **settings,
     )
 
     def asked(row: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +97,6 @@ def axbatch(folder: Path) -> None:
 
 CONTESTANTS: dict[str, Callable[[Path], None]] = {
     "bare engine": bare_engine,
-    "vLLM run_batch": run_batch,
     "ray.data.llm": ray_data,
     "ray.data.llm, best": lambda folder: ray_data(folder, **BEST_RAY_DATA),
     "axbatch": axbatch,

@@ -1,9 +1,8 @@
 """Everything but the model: `echo` without cost, against what else copies rows.
 
-    axbatch               `axbatch run` with the echo engine, two replicas, parts and publishing
-    axbatch, large units  the same with `rows_per_unit: 1024`
-    Ray Data              read_parquet, a Python function per row, write_parquet
-    pyarrow               one process reads and writes
+    axbatch   `axbatch run` with the echo engine, two replicas, parts and publishing
+    Ray Data  read_parquet, a Python function per row, write_parquet
+    pyarrow   one process reads and writes
 
 And memory and time to the first committed part, by the number of rows that the job has.
 """
@@ -28,13 +27,12 @@ import pyarrow.parquet as pq
 from tests.runs import Job, Run
 
 ROWS_PER_FILE = 10_000
-FILES = (5, 25)
+FILES = (4, 16)
 """Of the two runs whose difference is the time of so many rows without any start."""
 REPEATS = 5
-LARGE_UNIT = 1024
 LARGE_FILE = 100_000
 MILLION = 1_000_000
-WATCHED_ROWS = 300_000
+WATCHED_ROWS = 200_000
 """Memory is read while so many rows are done, whatever the job's size."""
 WATCH_INTERVAL_S = 0.2
 
@@ -46,10 +44,9 @@ rows.write_parquet(sys.argv[2])
 """
 
 
-def echo_job(folder: Path, **reading: int) -> Job:
+def echo_job(folder: Path) -> Job:
     return Job(
         folder,
-        input={"path": str(folder / "in"), **reading},
         model={"id": "echo", "backend": "echo"},
         cluster={"replicas": 2, "cpus_per_replica": 1},
     )
@@ -74,10 +71,6 @@ def by_axbatch(folder: Path) -> None:
     echo_job(folder).run()
 
 
-def by_axbatch_in_large_units(folder: Path) -> None:
-    echo_job(folder, rows_per_unit=LARGE_UNIT).run()
-
-
 def by_ray_data(folder: Path) -> None:
     subprocess.run(
         [sys.executable, "-c", RAY_DATA, folder / "in", folder / "out"],
@@ -94,7 +87,6 @@ def by_pyarrow(folder: Path) -> None:
 
 COPIERS = {
     "axbatch": by_axbatch,
-    "axbatch, large units": by_axbatch_in_large_units,
     "Ray Data": by_ray_data,
     "pyarrow": by_pyarrow,
 }
