@@ -35,7 +35,9 @@ CONNECT_TIMEOUT_S = 10
 START_A_CLUSTER = (
     "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS."
 )
-MAX_READERS = 16
+MIN_READERS, MAX_READERS = 2, 16
+"""One for each replica: a reader gives some 50,000 rows/s, and while the engines start, each more
+takes a core from them."""
 ROWS_AHEAD, UNITS_AHEAD = 11, 2
 """Rows that a worker holds for each that its engine computes at once, a little more than are begun
 (see schedule), and units beyond that: one is being read, one committed."""
@@ -168,7 +170,7 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
         source,
         override_num_blocks=source.task_count,
         num_cpus=READER_CPUS,
-        concurrency=min(MAX_READERS, 2 * replicas.max),
+        concurrency=min(MAX_READERS, max(MIN_READERS, replicas.max)),
     ).map_batches(
         Worker,
         fn_constructor_args=[spec],
@@ -198,7 +200,7 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
 
 def units_in_flight(model: ModelConfig, plan: Plan, replicas: int) -> int:
     """Units of the plan that a worker holds at once."""
-    units = sum(1 for shard in plan.shards for _ in shard.units())
+    units = plan.pending_units
     rows_per_unit = plan.pending_rows / max(1, units)
     return units_to_hold(units, rows_per_unit, model.max_num_seqs, replicas)
 

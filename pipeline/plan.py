@@ -94,12 +94,21 @@ class ShardPlan:
 
     def units(self) -> Iterator[Unit]:
         """Pending units in row order, cut on a grid that follows from the shard alone."""
+        return cut_units(self.key, self.pending, self.shard.rows_per_unit)
+
+    @property
+    def pending_units(self) -> int:
         size = self.shard.rows_per_unit
-        for start, stop in self.pending:
-            while start < stop:
-                cut = min(stop, (start // size + 1) * size)
-                yield Unit(self.key, start, cut)
-                start = cut
+        return sum(-(-stop // size) - start // size for start, stop in self.pending)
+
+
+def cut_units(key: str, ranges: Sequence[tuple[int, int]], rows_per_unit: int) -> Iterator[Unit]:
+    """Units of the rows in `ranges`; they end at the multiples of `rows_per_unit`."""
+    for start, stop in ranges:
+        while start < stop:
+            cut = min(stop, (start // rows_per_unit + 1) * rows_per_unit)
+            yield Unit(key, start, cut)
+            start = cut
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,10 @@ class Plan:
     @property
     def pending_rows(self) -> int:
         return sum(s.pending_rows for s in self.shards)
+
+    @property
+    def pending_units(self) -> int:
+        return sum(s.pending_units for s in self.shards)
 
     @property
     def deferred_rows(self) -> int:
@@ -174,7 +187,7 @@ class Plan:
             "shards": len(self.shards),
             "rows": self.rows,
             "bytes": sum(s.shard.bytes for s in self.shards),
-            "units_pending": sum(1 for s in self.shards for _ in s.units()),
+            "units_pending": self.pending_units,
             "rows_pending": self.to_do_rows,
             "rows_deferred": self.waiting_rows,
             "shards_published": len(self.shards) - len(self.unpublished),

@@ -38,7 +38,7 @@ class Progress:
         self._costs = costs
         self.lane = ""
         """Its title, once there is a second."""
-        self.units = sum(1 for shard in plan.shards for _ in shard.units())
+        self.units = plan.pending_units
         self.replicas = replicas
         self.counts = Counts()
         """Of this run; `deferred` counts rows that are still to do in it."""
@@ -71,7 +71,7 @@ class Progress:
             self._before, self._first = self.seconds, None
             self._workers_before, self._seen = self.workers, {}
             self._started = time.monotonic()
-            self.units += sum(1 for shard in deferred.shards for _ in shard.units())
+            self.units += deferred.pending_units
 
     def add(self, receipt: Receipt) -> None:
         with self._lock:

@@ -208,7 +208,7 @@ def _compute(
 
     def compute(lane: Lane, plan: Plan) -> None:
         lanes.append(use := LaneUse(lane))
-        share = replica_resources(job, lane, sum(1 for s in plan.shards for _ in s.units()))
+        share = replica_resources(job, lane, plan.pending_units)
         ledger.begin_lane(share.replicas.max, share.gpus)
         spec = WorkerSpec(
             job, lane, plan.identity, run, log, share, output, watch, is_retry=is_retry

@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +20,7 @@ from ray.data.block import BlockMetadata
 from pipeline.errors import AxbatchError, InputError, error_from_json
 from pipeline.lease import Watch
 from pipeline.parquet import input_errors, open_parquet, read_batches
-from pipeline.plan import Plan, ShardPlan
+from pipeline.plan import Plan, ShardPlan, cut_units
 from pipeline.records import Unit
 from pipeline.shards import Shard
 from pipeline.storage import Folder
@@ -32,6 +33,8 @@ UNIT_SCHEMA = pa.schema([
     ("rows", pa.large_binary()),
     ("error", pa.string()),  # instead of rows, where reading failed
 ])  # fmt: skip
+
+Range = tuple[int, int]
 
 TASK_ROWS = 1 << 18
 """Rows that one read task covers, so that a very large file is read by several at once. A task
@@ -131,9 +134,9 @@ class UnitSource(Datasource):  # type: ignore[misc]  # ray is untyped here
 
     def __init__(self, plan: Plan, columns: list[str], watch: Watch) -> None:
         self._tasks = [
-            _read_task(shard.shard, columns, units, watch)
+            _read_task(shard, ranges, columns, watch)
             for shard in plan.shards
-            for units in _task_units(shard)
+            for ranges in task_ranges(shard)
         ]
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -148,22 +151,27 @@ class UnitSource(Datasource):  # type: ignore[misc]  # ray is untyped here
         return len(self._tasks)
 
 
-def _read_task(shard: Shard, columns: list[str], units: list[Unit], watch: Watch) -> ReadTask:
+def _read_task(
+    planned: ShardPlan, ranges: list[Range], columns: list[str], watch: Watch
+) -> ReadTask:
+    shard = planned.shard
+    # The ranges, not their units, which for a hundred million rows are hundreds of thousands.
+    units = partial(cut_units, planned.key, ranges, shard.rows_per_unit)
     metadata = BlockMetadata(
-        num_rows=len(units), size_bytes=None, input_files=[shard.path], exec_stats=None
+        num_rows=sum(1 for _ in units()), size_bytes=None, input_files=[shard.path], exec_stats=None
     )
     return ReadTask(_reader(shard, columns, units, watch), metadata, schema=UNIT_SCHEMA)
 
 
 def _reader(
-    shard: Shard, columns: list[str], units: list[Unit], watch: Watch
+    shard: Shard, columns: list[str], units: Callable[[], Iterable[Unit]], watch: Watch
 ) -> Callable[[], Iterable[pa.Table]]:
     source, path, fingerprint = shard.source, shard.path, shard.fingerprint
     selected = shard.selected
 
     def read() -> Iterator[pa.Table]:
         try:
-            for unit, rows in read_units(source, path, columns, units, selected):
+            for unit, rows in read_units(source, path, columns, units(), selected):
                 shard.check_unchanged()  # now, as it would be committed for the version planned
                 if watch.says_stop():
                     return
@@ -174,18 +182,21 @@ def _reader(
     return read
 
 
-def _task_units(shard: ShardPlan) -> Iterator[list[Unit]]:
-    """Units of one read task each, in row order."""
-    group_ends = accumulate(shard.shard.row_groups)
-    units: list[Unit] = []
+def task_ranges(planned: ShardPlan) -> Iterator[list[Range]]:
+    """Pending rows of one read task each, in row order, cut where units begin."""
+    group_ends = accumulate(planned.shard.row_groups)
     group_end, rows = next(group_ends, 0), 0
-    for unit in shard.units():
+    ranges: list[Range] = []
+    for unit in planned.units():
         if rows >= TASK_ROWS and unit.start >= group_end:
-            yield units
-            units, rows = [], 0
+            yield ranges
+            ranges, rows = [], 0
         while unit.stop > group_end:
             group_end = next(group_ends)
-        units.append(unit)
+        if ranges and ranges[-1][1] == unit.start and not unit.start % planned.shard.rows_per_unit:
+            ranges[-1] = ranges[-1][0], unit.stop
+        else:
+            ranges.append((unit.start, unit.stop))
         rows += unit.rows
-    if units:
-        yield units
+    if ranges:
+        yield ranges

@@ -4,6 +4,7 @@ import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import RefusedError
-from pipeline.plan import ShardPlan
+from pipeline.plan import ShardPlan, cut_units
 from pipeline.shards import UNIT_BYTES
+from pipeline.source import task_ranges
 from tests.plans import (
     Commit,
     MakeJob,
@@ -62,13 +64,15 @@ def test_planning_twice_gives_the_same_plan_and_writes_nothing(
     st.integers(1, 50),
     st.integers(1, 20),
     st.lists(st.tuples(st.integers(0, 49), st.integers(1, 20)), max_size=6),
+    st.integers(1, 20),
 )
 def test_units_are_exactly_the_pending_rows_cut_on_the_grid(
-    rows: int, size: int, cuts: list[tuple[int, int]]
+    rows: int, size: int, cuts: list[tuple[int, int]], task_rows: int
 ) -> None:
     pending = sorted({(start, min(rows, start + n)) for start, n in cuts if start < rows})
     pending = [r for i, r in enumerate(pending) if i == 0 or r[0] >= max(p[1] for p in pending[:i])]
-    shard: Any = type("Shard", (), {"rows_per_unit": size, "name": "a", "rows": rows})
+    fields = {"rows_per_unit": size, "name": "a", "rows": rows, "row_groups": [1] * rows}
+    shard: Any = type("Shard", (), fields)
     planned = ShardPlan(shard, "a/0", None, pending)
     units = list(planned.units())
     assert [row for unit in units for row in range(unit.start, unit.stop)] == [
@@ -77,6 +81,11 @@ def test_units_are_exactly_the_pending_rows_cut_on_the_grid(
     assert all(unit.start // size == (unit.stop - 1) // size for unit in units)
     assert all(before.stop <= after.start for before, after in pairwise(units))
     assert planned.done_rows + planned.pending_rows == rows
+    assert planned.pending_units == len(units)
+    with patch("pipeline.source.TASK_ROWS", task_rows):
+        tasks = [[*cut_units("a/0", ranges, size)] for ranges in task_ranges(planned)]
+    assert [unit for task in tasks for unit in task] == units
+    assert all(sum(unit.rows for unit in task[:-1]) < task_rows for task in tasks)
 
 
 @settings(max_examples=25)

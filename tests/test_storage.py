@@ -182,6 +182,10 @@ def test_folder_is_the_same_after_a_trip_to_another_process(folder: Folder) -> N
     assert Folder(f"{again.url}/a").read("b") == b"1"
 
 
+def test_a_slash_at_its_end_is_not_in_its_name(folder: Folder) -> None:
+    assert Folder(f"{folder.url}/").url == folder.url
+
+
 def test_parquet_is_read_at_any_position(folder: Folder) -> None:
     table = pa.table({"n": range(10_000), "text": [f"row {n}" for n in range(10_000)]})
     with folder.replacing("a.parquet") as sink:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pyarrow as pa
@@ -27,12 +27,10 @@ import pyarrow.parquet as pq
 from tests.runs import Job, Run
 
 ROWS_PER_FILE = 10_000
-FILES = (4, 16)
-"""Of the two runs whose difference is the time of so many rows without any start."""
-REPEATS = 5
+REPEATS = 3
 LARGE_FILE = 100_000
 MILLION = 1_000_000
-WATCHED_ROWS = 200_000
+WATCHED_ROWS = 100_000
 """Memory is read while so many rows are done, whatever the job's size."""
 WATCH_INTERVAL_S = 0.2
 
@@ -85,10 +83,16 @@ def by_pyarrow(folder: Path) -> None:
         pq.write_table(table.append_column("ko", table["en"]), folder / "out" / path.name)
 
 
+class Copier(NamedTuple):
+    copy: Callable[[Path], None]
+    files: tuple[int, int]
+    """Of the two runs whose difference is the time of so many rows without any start."""
+
+
 COPIERS = {
-    "axbatch": by_axbatch,
-    "Ray Data": by_ray_data,
-    "pyarrow": by_pyarrow,
+    "axbatch": Copier(by_axbatch, (4, 16)),
+    "Ray Data": Copier(by_ray_data, (4, 80)),
+    "pyarrow": Copier(by_pyarrow, (4, 80)),
 }
 
 
@@ -96,9 +100,9 @@ def rates() -> dict[str, Any]:
     """Rows/s by copier, each of REPEATS in turn, and the bytes of a row."""
     measured: dict[str, list[float]] = {name: [] for name in COPIERS}
     for _ in range(REPEATS):
-        for name, copy in COPIERS.items():
-            few, many = (seconds_of(copy, files) for files in FILES)
-            rows = (FILES[1] - FILES[0]) * ROWS_PER_FILE
+        for name, copier in COPIERS.items():
+            few, many = (seconds_of(copier.copy, files) for files in copier.files)
+            rows = (copier.files[1] - copier.files[0]) * ROWS_PER_FILE
             measured[name].append(rows / (many - few))
     with tempfile.TemporaryDirectory() as root:
         size = write_files(Path(root) / "in", 1, ROWS_PER_FILE)

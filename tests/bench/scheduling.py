@@ -3,7 +3,7 @@
     python -m tests.bench.scheduling
 
 Each replica has as many slots as its engine computes requests at once; a request takes as long as
-its answer. Units of 256 rows go to the replicas as Ray hands them out: each holds as many as
+its answer. Units of rows go to the replicas as Ray hands them out: each holds as many as
 `units_in_flight` says, and gets the next when one is done. Nothing else takes time.
 """
 
@@ -51,12 +51,13 @@ def simulate(
     slots: int,
     longest_first: bool = True,
     known: Callable[[int], int] = lambda tokens: tokens,
+    rows_per_unit: int = ROWS_PER_UNIT,
 ) -> float:
     """The share of the cluster's time that is not lost: the least that it could take (all slots
     busy all the time, or as long as the longest row), by what it takes. `known` is what can be told
     of an answer's length beforehand."""
-    units = [lengths[i : i + ROWS_PER_UNIT] for i in range(0, len(lengths), ROWS_PER_UNIT)]
-    held = units_to_hold(len(units), ROWS_PER_UNIT, slots, replicas)
+    units = [lengths[i : i + rows_per_unit] for i in range(0, len(lengths), rows_per_unit)]
+    held = units_to_hold(len(units), rows_per_unit, slots, replicas)
     left = iter(units)
 
     async def cluster() -> list[Replica]:
@@ -76,21 +77,24 @@ def simulate(
 
 
 ROWS_PER_SLOT = 50
-CLUSTERS = ((1, 64), (1, 256), (8, 64), (8, 256))
-"""Replicas and their slots."""
+CLUSTERS = ((1, 64, 256), (1, 256, 256), (8, 64, 256), (8, 64, 64), (8, 256, 256))
+"""Replicas, their slots, and rows of a unit."""
 
 
 def shares() -> list[dict[str, float]]:
     """Of each cluster, with answers of 8 to 512 tokens, half of them under 40, whose lengths are
     known beforehand, or not."""
     made = []
-    for replicas, slots in CLUSTERS:
+    for replicas, slots, unit in CLUSTERS:
         dice = random.Random(31)
         lengths = [log_normal_length(dice) for _ in range(ROWS_PER_SLOT * replicas * slots)]
         made.append({
             "replicas": replicas,
             "slots": slots,
-            "known": simulate(lengths, replicas, slots),
-            "unknown": simulate(lengths, replicas, slots, known=lambda _: 1),
+            "rows_per_unit": unit,
+            "known": simulate(lengths, replicas, slots, rows_per_unit=unit),
+            "unknown": simulate(
+                lengths, replicas, slots, known=lambda _: 1, rows_per_unit=unit
+            ),
         })  # fmt: skip
     return made
