@@ -15,7 +15,7 @@ ITERATIONS = 5
 MOMENTUM = 0.95
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.Optimizer):  # type: ignore[misc]  # torch is untyped here
     """What `torch.optim.Muon` does with `adjust_lr_fn="match_rms_adamw"`, in half of the time.
 
     A model as small as this one has dozens of matrices whose products are each too small to keep
@@ -26,19 +26,20 @@ class Muon(torch.optim.Optimizer):
         in_order = sorted(matrices, key=lambda matrix: tuple(matrix.shape))
         super().__init__(in_order, {"lr": lr, "weight_decay": weight_decay})
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Move each matrix by its learning rate along its orthogonal momentum."""
-        for group in self.param_groups:
-            for shape, alike in groupby(group["params"], key=lambda matrix: matrix.shape):
-                matrices = [*alike]
-                gradients = [matrix.grad for matrix in matrices]
-                momenta = [self._momentum(matrix) for matrix in matrices]
-                torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-                ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
-                updates = [*orthogonal(torch.stack(ahead)).float()]
-                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, updates, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+        with torch.no_grad():
+            for group in self.param_groups:
+                for shape, alike in groupby(group["params"], key=lambda matrix: matrix.shape):
+                    matrices = [*alike]
+                    gradients = [matrix.grad for matrix in matrices]
+                    momenta = [self._momentum(matrix) for matrix in matrices]
+                    torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+                    ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+                    updates = [*orthogonal(torch.stack(ahead)).float()]
+                    torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                    rate = 0.2 * max(shape) ** 0.5 * group["lr"]
+                    torch._foreach_add_(matrices, updates, alpha=-rate)
 
     def _momentum(self, matrix: Tensor) -> Tensor:
         state = self.state[matrix]
