@@ -36,8 +36,8 @@ START_A_CLUSTER = (
     "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS."
 )
 MIN_READERS, MAX_READERS = 2, 16
-"""One for each replica: a reader gives some 50,000 rows/s, and while the engines start, each more
-takes a core from them."""
+"""As many as replicas, within these: one gives some 50,000 short rows/s from a disk, and while the
+engines start, each more takes a core from them."""
 ROWS_AHEAD, UNITS_AHEAD = 11, 2
 """Rows that a worker holds for each that its engine computes at once, a little more than are begun
 (see schedule), and units beyond that: one is being read, one committed."""

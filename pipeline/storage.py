@@ -59,7 +59,7 @@ class Folder:
     def __init__(self, url: str, has_answered: bool = False) -> None:
         self.url = absolute_url(url)
         self.filesystem, self.root = filesystem_of(self.url)
-        if self.root.strip("/"):
+        if self.root.strip("/") and not self.url.endswith("://"):
             self.url = self.url.rstrip("/")  # as files of it are named in messages
         self.is_local = "file" in _protocols(self.filesystem)
         if has_answered:

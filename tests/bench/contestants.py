@@ -26,6 +26,13 @@ ENGINE: dict[str, Any] = {
     "max_num_batched_tokens": 4096,
     "block_size": 32,  # the smallest on a CPU; 16 on a GPU
 }
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TQDM_DISABLE": "1",
+}
 BEST_RAY_DATA: dict[str, Any] = {
     "batch_size": 64,
     "max_concurrent_batches": 16,

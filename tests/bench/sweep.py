@@ -6,6 +6,7 @@ python -m tests.bench.sweep
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.bench.contestants import ENVIRONMENT
 from tests.bench.workloads import requests, write
 
 ROWS = 512
@@ -42,6 +44,7 @@ def wall_s(settings: dict[str, Any]) -> float:
         subprocess.run(
             [sys.executable, "-c", RUN, folder, json.dumps(settings)],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True,
+            env=os.environ | ENVIRONMENT,
         )  # fmt: skip
         return time.monotonic() - began
 
