@@ -35,6 +35,7 @@ UNIT_SCHEMA = pa.schema([
 ])  # fmt: skip
 
 Range = tuple[int, int]
+"""Rows [start, stop) of a shard, of one unit or many."""
 
 TASK_ROWS = 1 << 18
 """Rows that one read task covers, so that a very large file is read by several at once. A task

@@ -27,7 +27,8 @@ class Muon(torch.optim.Optimizer):  # type: ignore[misc]  # torch is untyped her
         super().__init__(in_order, {"lr": lr, "weight_decay": weight_decay})
 
     def step(self, closure: Any = None) -> None:
-        """Move each matrix by its learning rate along its orthogonal momentum."""
+        """Move each matrix by its learning rate along its orthogonal momentum. There is no closure;
+        the parameter is that of torch's own optimizers."""
         with torch.no_grad():
             for group in self.param_groups:
                 for shape, alike in groupby(group["params"], key=lambda matrix: matrix.shape):

@@ -179,7 +179,8 @@ def answer_loss(
     batch: Batch,
     compare: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Weighted mean cross-entropy over a batch's answer tokens, in nats per token (a scalar)."""
+    """Weighted mean cross-entropy over a batch's answer tokens, in nats per token (a scalar), by
+    `compare`, which is `token_loss`, compiled or not."""
     learned = batch.targets >= 0
     return compare(
         model.lm_head.weight, hidden[learned], batch.targets[learned], batch.weights[learned]
@@ -187,7 +188,10 @@ def answer_loss(
 
 
 def token_loss(head: Tensor, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """`answer_loss` of tokens alone: the logits are gone over once where this is compiled."""
+    """`answer_loss` of answer tokens alone; compiled, it goes over their logits once.
+
+    `head` is [vocabulary, hidden], `hidden` [tokens, hidden]; `targets`, `weights` [tokens].
+    """
     logits = linear(hidden, head).float()  # [answer tokens, vocabulary]
     losses = cross_entropy(logits, targets, reduction="none")
     return (losses * weights).sum() / weights.sum()
