@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -30,10 +30,8 @@ from tests.bench.workloads import LENGTHS, WORKLOADS, requests, write
 
 OUT = Path("out/bench")
 REPEATS = 5
-SMALL, LARGE = 64, 320
-"""Rows of the two runs whose difference is the time of so many rows without any start."""
-SMALL_REPEATS = (1, 3)
-"""A small run is mostly start, which takes much the same each time once the disk is warm."""
+ROWS = 512
+"""Of a whole command."""
 PAIR_ROWS, LOG_NORMAL_ROWS = 112, 256
 """More of the workload that the goal is about: the end of a run, when the engine is no longer full,
 is the smaller a part."""
@@ -55,8 +53,15 @@ def show(title: str, head: tuple[str, ...], rows: Rows) -> None:
     console.print(table)
 
 
-def wall_s(name: str, rows: int) -> float:
+class Took(NamedTuple):
     """Seconds of a whole command."""
+
+    running: float
+    """From the first request to the last answer."""
+    starting: float
+
+
+def took(name: str, rows: int) -> Took:
     with tempfile.TemporaryDirectory(prefix="axbatch-bench-") as folder:
         write(Path(folder), requests("log-normal", rows))
         with (OUT / "engines.log").open("a") as log:
@@ -65,42 +70,42 @@ def wall_s(name: str, rows: int) -> float:
                 [sys.executable, "-m", "tests.bench.contestants", name, folder],
                 stdout=log, stderr=log, check=True, timeout=TIMEOUT_S,
             )  # fmt: skip
-            return time.monotonic() - began
+            whole = time.monotonic() - began
+        running = float((Path(folder) / "seconds").read_text())
+    return Took(running, whole - running)
 
 
 def engines() -> dict[str, Any]:
-    """Whole commands, each in turn, by the slope between two sizes."""
-    small: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    large: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    """Whole commands, each in turn; the rate from the first request to the last answer."""
+    found: dict[str, list[Took]] = {name: [] for name in CONTESTANTS}
     for repeat in range(REPEATS):
         for name in CONTESTANTS:
-            if repeat in SMALL_REPEATS:
-                small[name].append(wall_s(name, SMALL))
-            large[name].append(wall_s(name, LARGE))
-            console.print(f"[dim]{repeat + 1}/{REPEATS} {name}: {large[name][-1]:.1f} s[/]")
-    without = {name: statistics.median(seconds) for name, seconds in small.items()}
-    rates = {
-        name: [(LARGE - SMALL) / (seconds - without[name]) for seconds in large[name]]
-        for name in CONTESTANTS
-    }
-    middle = {name: statistics.median(values) for name, values in rates.items()}
-    starts = {name: without[name] - SMALL / middle[name] for name in CONTESTANTS}
+            found[name].append(took(name, ROWS))
+            running, starting = found[name][-1]
+            console.print(
+                f"[dim]{repeat + 1}/{REPEATS} {name}: {starting:.1f} + {running:.1f} s[/]"
+            )
+    running = {name: [each.running for each in runs] for name, runs in found.items()}
     show(
-        f"Whole commands, log-normal answers, slope between {SMALL} and {LARGE} rows",
-        ("", f"s for {LARGE} rows", "rows/s", "of the bare engine", "start, s"),
+        f"Whole commands, {ROWS} log-normal answers",
+        ("", "rows/s", "of the bare engine", "axbatch's is so many times", "start, s"),
         (
             (
                 name,
-                spread(large[name]),
-                spread(rates[name]),
-                f"{middle[name] / middle['bare engine']:.2f}",
-                f"{starts[name]:.0f}",
+                spread([ROWS / seconds for seconds in running[name]]),
+                f"{ratio_of(running['bare engine'], running[name]):.2f}",
+                f"{ratio_of(running[name], running['axbatch']):.2f}",
+                spread([each.starting for each in runs]),
             )
-            for name in CONTESTANTS
+            for name, runs in found.items()
         ),
     )
-    bars(OUT / "bench.svg", f"Whole commands, {LARGE} log-normal answers", large, "s")
-    return {"small_s": small, "large_s": large, "rows_per_s": rates, "start_s": starts}
+    rates = {name: [ROWS / seconds for seconds in all_s] for name, all_s in running.items()}
+    bars(OUT / "bench.svg", f"Whole commands, {ROWS} log-normal answers", rates, "rows/s")
+    return {
+        "running_s": running,
+        "starting_s": {name: [each.starting for each in runs] for name, runs in found.items()},
+    }
 
 
 def pairs() -> dict[str, Any]:

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +32,24 @@ RUN = """
 import json, sys
 from pathlib import Path
 from tests.bench.contestants import ray_data
-ray_data(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+folder = Path(sys.argv[1])
+(folder / "seconds").write_text(str(ray_data(folder, **json.loads(sys.argv[2]))))
 """
 
 
-def wall_s(settings: dict[str, Any]) -> float:
+def running_s(settings: dict[str, Any]) -> float:
+    """From the first request to the last answer."""
     with tempfile.TemporaryDirectory(prefix="axbatch-bench-") as folder:
         write(Path(folder), requests("log-normal", ROWS))
-        began = time.monotonic()
         subprocess.run(
             [sys.executable, "-c", RUN, folder, json.dumps(settings)],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True,
             env=os.environ | ENVIRONMENT,
         )  # fmt: skip
-        return time.monotonic() - began
+        return float((Path(folder) / "seconds").read_text())
 
 
 if __name__ == "__main__":
-    tried = [(wall_s(settings), settings) for settings in SETTINGS]
+    tried = [(running_s(settings), settings) for settings in SETTINGS]
     for seconds, settings in sorted(tried, key=lambda each: each[0], reverse=True):
         print(f"{seconds:6.1f} s {settings}")
