@@ -187,8 +187,13 @@ def test_muon_in_groups_moves_matrices_as_torch_does() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_short_training_lowers_the_loss_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
-    from infra.demo_model.train import train
+def test_short_training_lowers_the_loss_and_goes_on_after_an_interruption(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infra.demo_model import train as training
+
+    # The same one; it takes half a minute to make, and a test above makes it.
+    monkeypatch.setattr(training, "make_tokenizer", lambda: tokenizer)
 
     def losses(name: str) -> list[float]:
         lines = csv.DictReader((tmp_path / f"{name}.csv").open(encoding="utf-8"))
@@ -199,7 +204,7 @@ def test_short_training_lowers_the_loss_and_goes_on_after_an_interruption(tmp_pa
             if interrupt and line.startswith("step 8 "):
                 raise KeyboardInterrupt
 
-        train(
+        training.train(
             tmp_path / name, tmp_path / f"{name}.pt", tmp_path / f"{name}.csv",
             steps=16, warmup=2, report_every=4, save_every=4, compiled=False, announce=announce,
         )  # fmt: skip

@@ -11,6 +11,10 @@ from transformers import AttentionInterface
 NAME = "in-parts"
 PARTS = 4
 """A row's tokens are asked in so many parts, each only about what stands before its own end."""
+HIGHEST_SCORE = 60.0
+"""A higher score counts as this one: `exp` of it, summed over a row, is far from an overflow."""
+LEAST_SUM = 1e-30
+"""In place of 0, where all scores of a token are so low that `exp` of each is 0."""
 
 
 def in_parts(
@@ -24,8 +28,12 @@ def in_parts(
 ) -> tuple[Tensor, None]:
     """Softmax attention as transformers asks for it, for whole rows.
 
+    `query` is [rows, heads, tokens, size], `key` and `value` [rows, key-value heads, tokens,
+    size], `attention_mask` [rows, 1, tokens, tokens]; what it gives, [rows, tokens, heads, size].
+
     torch's own kernel for CPUs takes three times as long with a mask of this kind, and with it
-    would be half of a training step.
+    would be half of a training step. Memory is what limits this one, so scores are gone over once,
+    not for their highest first, and it is the values' sum that is divided, not each score.
     """
     heads, tokens = query.shape[1], query.shape[2]
     key, value = (kept.repeat_interleave(heads // kept.shape[1], 1) for kept in (key, value))
@@ -36,9 +44,11 @@ def in_parts(
     for start in range(0, tokens, size):
         end = min(start + size, tokens)
         scores = query[:, :, start:end] * scaling @ key[:, :, :end].transpose(2, 3)
-        scores = scores.masked_fill(~attention_mask[:, :, start:end, :end], -1e4)
-        shares = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-        parts.append(shares @ value[:, :, :end])
+        seen = attention_mask[:, :, start:end, :end]
+        powers = torch.where(seen, scores.float().clamp(max=HIGHEST_SCORE).exp(), 0.0)
+        sums = powers.sum(-1, keepdim=True).clamp(min=LEAST_SUM)
+        found = powers.to(query.dtype) @ value[:, :, :end]
+        parts.append((found / sums).to(query.dtype))
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
 
