@@ -100,7 +100,7 @@ def train(
     read, compare = last_hidden_states, token_loss
     if compiled:
         # Matching patterns took longer than all the rest of compiling.
-        read = torch.compile(read, options={"pattern_matcher": False})
+        read = torch.compile(read, dynamic=False, options={"pattern_matcher": False})
         compare = torch.compile(compare, dynamic=True)
     losses: list[float] = []
     began = time.monotonic()
