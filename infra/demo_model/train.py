@@ -99,7 +99,7 @@ def train(
     start_log(log, first)
     read, compare = last_hidden_states, token_loss
     if compiled:
-        # Matching patterns took longer than all the rest of compiling.
+        # Looking for patterns is a good part of the compiling, and the steps do without.
         read = torch.compile(read, dynamic=False, options={"pattern_matcher": False})
         compare = torch.compile(compare, dynamic=True)
     losses: list[float] = []
