@@ -81,31 +81,28 @@ def engines() -> dict[str, Any]:
     for repeat in range(REPEATS):
         for name in CONTESTANTS:
             found[name].append(took(name, ROWS))
-            running, starting = found[name][-1]
-            console.print(
-                f"[dim]{repeat + 1}/{REPEATS} {name}: {starting:.1f} + {running:.1f} s[/]"
-            )
+            last = found[name][-1]
+            seconds = f"{last.starting:.1f} + {last.running:.1f} s"
+            console.print(f"[dim]{repeat + 1}/{REPEATS} {name}: {seconds}[/]")
     running = {name: [each.running for each in runs] for name, runs in found.items()}
+    starting = {name: [each.starting for each in runs] for name, runs in found.items()}
+    rates = {name: [ROWS / seconds for seconds in all_s] for name, all_s in running.items()}
     show(
         f"Whole commands, {ROWS} log-normal answers",
         ("", "rows/s", "of the bare engine", "axbatch's is so many times", "start, s"),
         (
             (
                 name,
-                spread([ROWS / seconds for seconds in running[name]]),
+                spread(rates[name]),
                 f"{ratio_of(running['bare engine'], running[name]):.2f}",
                 f"{ratio_of(running[name], running['axbatch']):.2f}",
-                spread([each.starting for each in runs]),
+                spread(starting[name]),
             )
-            for name, runs in found.items()
+            for name in CONTESTANTS
         ),
     )
-    rates = {name: [ROWS / seconds for seconds in all_s] for name, all_s in running.items()}
     bars(OUT / "bench.svg", f"Whole commands, {ROWS} log-normal answers", rates, "rows/s")
-    return {
-        "running_s": running,
-        "starting_s": {name: [each.starting for each in runs] for name, runs in found.items()},
-    }
+    return {"running_s": running, "starting_s": starting}
 
 
 def pairs() -> dict[str, Any]:
