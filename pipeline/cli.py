@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.config import JobConfig
-    from pipeline.plan import Plan, Retry
+    from pipeline.plan import Plan
+    from pipeline.retry import Retry
     from pipeline.task import Task
 
 EPILOG = """exit codes:
@@ -106,7 +107,7 @@ def _run(options: argparse.Namespace, console: Console, retry: Retry | None = No
 
 
 def _retry(options: argparse.Namespace, console: Console) -> int:
-    from pipeline.plan import Retry
+    from pipeline.retry import Retry
 
     status = options.status or (None if options.reason else "failed")
     return _run(options, console, Retry(status, options.reason))

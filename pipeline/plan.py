@@ -17,7 +17,6 @@ from pipeline.config import JobConfig
 from pipeline.config.data import OnChange
 from pipeline.errors import InputError, NoSuchFileError, RefusedError
 from pipeline.parts import (
-    PARTS,
     Overlay,
     Stamp,
     check_same_origin,
@@ -25,13 +24,11 @@ from pipeline.parts import (
     key_of,
     missing_ranges,
     name_of,
-    not_ok_rows,
     overlays_of,
     part_path,
     parts_among,
     read_stamp,
     retries_of,
-    retry_key,
 )
 from pipeline.records import Counts, Unit
 from pipeline.shards import FOOTER_THREADS, Shard, find_shards
@@ -194,19 +191,6 @@ class Plan:
         }
 
 
-@dataclass(frozen=True)
-class Retry:
-    """Which rows to do again: those of a status, of a reason's code, or of both."""
-
-    status: str | None
-    reason: str | None
-
-    def wants(self, counted: str) -> bool:
-        """`counted` is a key of Counts.reasons."""
-        status, _, code = counted.partition(": ")
-        return self.status in (None, status) and self.reason in (None, code)
-
-
 def make_plan(job: JobConfig, task: Task, identity: str) -> Plan:
     """List the input, read its footers, and compare with what the output holds.
 
@@ -262,42 +246,12 @@ def plan_shards(
             was_made = pool.map(lambda name: name in keys or _is_of(identity, name, output), others)
             _refuse_vanished(compress(others, was_made), output)
     if may_defer:
-        states = _with_deferred(states, output, parts)
+        states = with_deferred(states, output, parts)
     leftovers = [key for each in states for key in each.leftovers]
     return Plan(identity, states, leftovers=leftovers, may_defer=may_defer)
 
 
-def plan_retry(plan: Plan, output: Folder, retry: Retry) -> Plan:
-    """The rows of published shards that `retry` wants, as shards of their own."""
-    wanted: list[ShardPlan] = []
-    untouched = Counts()
-    parts = parts_among(output.list(PARTS))
-
-    def select(planned: ShardPlan) -> ShardPlan | None:
-        stamp = planned.published
-        if stamp is None or not any(map(retry.wants, stamp.counts.reasons)):
-            return None
-        not_ok = not_ok_rows(output, planned.shard.name)
-        rows = array("q", [row for row, counted in not_ok if retry.wants(counted)])
-        key = retry_key(stamp, rows)
-        count = len(rows)
-        shard = replace(planned.shard, rows=count, row_groups=(count,), selected=rows)
-        deferred = Deferred(longest=stamp.counts.longest)
-        pending = missing_ranges(count, parts.get(key, []))
-        return ShardPlan(shard, key, None, pending, deferred=deferred)
-
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        for planned, selected in zip(plan.shards, pool.map(select, plan.shards), strict=True):
-            if selected:
-                wanted.append(selected)
-            elif planned.published:
-                untouched.add(planned.published.counts)
-    if plan.may_defer:
-        wanted = _with_deferred(wanted, output, parts)
-    return Plan(plan.identity, wanted, untouched, plan.leftovers, plan.may_defer)
-
-
-def _with_deferred(
+def with_deferred(
     plans: Sequence[ShardPlan], output: Folder, parts: Mapping[str, list[Unit]]
 ) -> list[ShardPlan]:
     """What the parts of each shard that is not published leave to the next lane, from their
@@ -320,7 +274,7 @@ def _with_deferred(
     for key, done in parts.items():
         later[name_of(key)].append(done)
 
-    def with_deferred(planned: ShardPlan) -> ShardPlan:
+    def completed(planned: ShardPlan) -> ShardPlan:
         of_it = found.get(planned.key)
         if not of_it:
             return planned
@@ -334,7 +288,7 @@ def _with_deferred(
         )
         return replace(planned, deferred=deferred)
 
-    return list(map(with_deferred, plans))
+    return list(map(completed, plans))
 
 
 def find_deferred(

@@ -32,13 +32,14 @@ from pipeline.lease import Lease, Watch
 from pipeline.ledger import Ledger, State
 from pipeline.logs import engines_lock, machine_folder, redirect_output, run_log
 from pipeline.parts import is_result
-from pipeline.plan import Plan, Retry, plan_retry, plan_shards
+from pipeline.plan import Plan, plan_shards
 from pipeline.progress import Progress, running_costs, shown
 from pipeline.publishing import Publisher
 from pipeline.ray_settings import apply_ray_settings, cluster_address
 from pipeline.reaper import wait_for_guards
 from pipeline.records import Counts
 from pipeline.report.reporter import Reporter
+from pipeline.retry import Retry, plan_retry
 from pipeline.shards import find_shards
 from pipeline.signals import draining_first
 from pipeline.storage import RACERS, Folder

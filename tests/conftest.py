@@ -27,9 +27,10 @@ from pipeline.identity import identity_fields, identity_hash
 from pipeline.merging import republish
 from pipeline.model import DEMO_MODEL
 from pipeline.parts import Stamp, commit_part, result_table
-from pipeline.plan import Plan, Retry, make_plan, plan_retry
+from pipeline.plan import Plan, make_plan
 from pipeline.publishing import Publisher
 from pipeline.records import Completion, Counts, Output, Receipt, Unit
+from pipeline.retry import Retry, plan_retry
 from pipeline.storage import Folder
 from tests.runs import Run
 from tests.shards import Shard

@@ -11,8 +11,9 @@ from typing import IO, Any
 import pytest
 
 from pipeline.errors import RefusedError, StorageError, VerifyError
-from pipeline.plan import Plan, Retry, plan_retry
+from pipeline.plan import Plan
 from pipeline.records import Output
+from pipeline.retry import Retry, plan_retry
 from pipeline.storage import Folder
 from pipeline.verify import verify_output
 from tests.batches import (

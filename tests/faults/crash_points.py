@@ -32,8 +32,8 @@ import pipeline.worker
 from jobs.translate import Translate
 from pipeline.config import JobConfig
 from pipeline.errors import RowFailed
-from pipeline.plan import Retry
 from pipeline.records import Output
+from pipeline.retry import Retry
 from pipeline.storage import Folder
 from tests.faults.without_ray import leave_ray_out
 

@@ -25,9 +25,10 @@ from jobs.translate import Translate
 from pipeline.accounting import NOTHING_USED, Usage
 from pipeline.config import JobConfig
 from pipeline.errors import RowFailed
-from pipeline.plan import Plan, Retry
+from pipeline.plan import Plan
 from pipeline.records import Output, Receipt
 from pipeline.report.reporter import write_report
+from pipeline.retry import Retry
 from pipeline.run import Summary, run_job
 from pipeline.status import Status, read_status
 from pipeline.storage import Folder

@@ -21,8 +21,8 @@ from pipeline.config.model import ModelConfig
 from pipeline.engine.echo import EchoEngine
 from pipeline.errors import ClusterError, Interrupted
 from pipeline.lease import LEASE
-from pipeline.plan import Retry
 from pipeline.report.reporter import PLAN_FILE, read_runs
+from pipeline.retry import Retry
 from tests.faults.without_ray import receipts_here
 from tests.reporting.conftest import Job, captured, fail_on, stop_after, usage_of
 from tests.runs import Job as CommandLine

@@ -9,7 +9,7 @@ import pytest
 import pipeline.cluster
 import pipeline.report.reporter
 from pipeline.errors import Interrupted
-from pipeline.plan import Retry
+from pipeline.retry import Retry
 from tests.faults.without_ray import receipts_here
 from tests.reporting.conftest import Job, fail_on, in_one_thread, stop_after
 
