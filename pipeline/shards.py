@@ -98,14 +98,21 @@ class _InputFile:
 def _parquet_files(config: InputConfig, output: Folder) -> list[_InputFile]:
     """Every Parquet file to read, by name."""
     files: dict[str, _InputFile] = {}
+    read: set[str] = set()
 
-    def add(name: str, source: Folder, entry: Entry, origin: str = "") -> None:
+    def add(name: str, source: Folder, entry: Entry, origin: str) -> None:
+        if origin in read:
+            raise InputError(
+                f"{origin}: more than one entry of input.path names it",
+                "Leave it to one of them, or its rows would be done twice.",
+            )
+        read.add(origin)
         if name in files:
             raise InputError(
                 f"two input files would both become {name}",
                 "Rename one, or give each its own job and `output.path`.",
             )
-        files[name] = _InputFile(name, source, entry, origin or f"{source.url}/{entry.path}")
+        files[name] = _InputFile(name, source, entry, origin)
 
     if config.dataset is not None:
         entry = stage_dataset(config, output)
@@ -114,17 +121,16 @@ def _parquet_files(config: InputConfig, output: Folder) -> list[_InputFile]:
         source, entries = find_files(url)
         _refuse_overlap(url, source, output)
         for entry in entries:
+            origin = f"{source.url}/{entry.path}"
             if config.format == FORMAT:
-                staged = stage_requests(source, entry, output)
-                add(staged_name(entry.path), output, staged, f"{source.url}/{entry.path}")
+                add(staged_name(entry.path), output, stage_requests(source, entry, output), origin)
             elif suffix_of(entry.path) in BUILDERS:
-                staged = stage_file(source, entry, output)
-                add(staged_name(entry.path), output, staged, f"{source.url}/{entry.path}")
+                add(staged_name(entry.path), output, stage_file(source, entry, output), origin)
             elif suffix_of(entry.path) in (".parquet", ".pq") or len(entries) == 1:
-                add(entry.path, source, entry)
+                add(entry.path, source, entry, origin)
             else:
                 raise InputError(
-                    f"{source.url}/{entry.path}: not a kind of file that can be read",
+                    f"{origin}: not a kind of file that can be read",
                     "Known: .parquet, .jsonl, .json, .csv, .txt. Narrow `input.path` with a glob.",
                 )
     return [files[name] for name in sorted(files)]

@@ -23,6 +23,7 @@ from typing import IO, Any, cast
 
 import fsspec
 import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import AxbatchError, InputError, JobFileError, StorageError
 
@@ -206,6 +207,29 @@ class Folder:
         return True
 
 
+class LocalFiles(LocalFileSystem):  # type: ignore[misc]
+    """Lists a link as the file that it leads to, and says when it cannot list a folder: fsspec's
+    own takes the former for no file, and the latter for empty."""
+
+    def info(self, path: Any, **options: Any) -> dict[str, Any]:
+        info: dict[str, Any] = super().info(path, **options)
+        if info["islink"] and isinstance(path, os.DirEntry):
+            with suppress(FileNotFoundError):
+                target: dict[str, Any] = super().info(info["name"])
+                if target["type"] == "file":
+                    return target
+        return info
+
+    def walk(
+        self, path: Any, maxdepth: Any = None, topdown: bool = True, *_: Any, **options: Any
+    ) -> Any:
+        def stop(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):  # removed meanwhile
+                raise error
+
+        return super().walk(path, maxdepth, topdown, stop, **options)
+
+
 def absolute_url(url: str) -> str:
     """A URL as it is; a local path absolute, without `~` and `..`."""
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))  # noqa: PTH100, PTH111
@@ -226,7 +250,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise JobFileError(f"{url}: {_short(error)}", "Known: local paths, s3://, hf://.") from None
-    return filesystem, path
+    return LocalFiles() if type(filesystem) is LocalFileSystem else filesystem, path
 
 
 def open_input(filesystem: Any, path: str) -> pa.NativeFile:
@@ -304,7 +328,7 @@ def find_files(url: str) -> tuple[Folder, list[Entry]]:
             what = "no such file"
         elif any(wildcard in path for wildcard in "*?["):
             found = {k: v for k, v in filesystem.glob(path, detail=True).items()
-                     if v["type"] == "file"}  # fmt: skip
+                     if v["type"] != "directory"}  # fmt: skip
             literal = path[: min(path.find(w) for w in "*?[" if w in path)]
             root, what = posixpath.dirname(literal), "no file matches"
         elif filesystem.isdir(path):
@@ -316,6 +340,13 @@ def find_files(url: str) -> tuple[Folder, list[Entry]]:
     visible = [e for e in entries if not any(p[:1] in ("_", ".") for p in e.path.split("/"))]
     if not visible:
         raise InputError(f"{url}: {what}", "Check `input.path`.")
+    odd = {name.removeprefix(base) for name, info in found.items() if info["type"] != "file"}
+    for entry in visible:
+        if entry.path in odd:
+            raise InputError(
+                f"{base}{entry.path}: is no file (a link to a folder, or to nothing)",
+                "Name the folder itself in `input.path`, or remove the link.",
+            )
     return Folder(filesystem.unstrip_protocol(root) if "://" in url else root), visible
 
 

@@ -1,5 +1,6 @@
 """Storage: a file is there whole or not at all, and the first writer wins; on disk and on S3."""
 
+import errno
 import os
 import pickle
 import uuid
@@ -13,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 import pipeline.storage
 from pipeline.errors import AxbatchError, InputError, StorageError
@@ -221,6 +223,55 @@ def test_files_are_found_and_hidden_ones_skipped(
     assert found(folder.url + pattern) == names
     root, entries = find_files(folder.url + pattern)
     assert all(root.read(entry.path).decode().endswith(entry.path) for entry in entries)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*", "/*.parquet", "/b.parquet"])
+def test_link_is_the_file_that_it_leads_to(tmp_path: Path, pattern: str) -> None:
+    """As in the folders that huggingface_hub downloads to."""
+    (tmp_path / "blob").write_bytes(b"rows")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/b.parquet").symlink_to(tmp_path / "blob")
+    os.utime(tmp_path / "in/b.parquet", (1, 1), follow_symlinks=False)
+    root, entries = find_files(f"{tmp_path}/in{pattern}")
+    assert entries == [root.entry("b.parquet")]
+    assert (entries[0].size, root.read("b.parquet")) == (4, b"rows")
+
+
+@pytest.mark.parametrize("target", ["folder", "nothing"])
+@pytest.mark.parametrize("pattern", ["", "/*"])
+def test_link_to_no_file_is_refused_and_named(tmp_path: Path, target: str, pattern: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.parquet").touch()
+    (tmp_path / "in/b").symlink_to(tmp_path / target)
+    with pytest.raises(InputError, match="in/b: is no file"):
+        find_files(f"{tmp_path}/in{pattern}")
+
+
+def test_folder_that_cannot_be_listed_is_an_error_and_one_that_is_gone_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forced, as root may list any."""
+    for name in ("in/2024/a.parquet", "in/2025/b.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    errors: dict[str, OSError] = {}
+    ls = LocalFileSystem.ls
+
+    def failing(self: LocalFileSystem, path: str, detail: bool = False) -> Any:
+        if error := errors.get(Path(path).name):
+            raise error
+        return ls(self, path, detail)
+
+    monkeypatch.setattr(LocalFileSystem, "ls", failing)
+    errors["2025"] = FileNotFoundError()
+    assert found(f"{tmp_path}/in") == ["2024/a.parquet"]
+    errors["2025"] = PermissionError(errno.EACCES, "Permission denied")
+    for url in (f"{tmp_path}/in", f"{tmp_path}/in/*/*"):
+        with pytest.raises(StorageError, match="access denied"):
+            find_files(url)
+    with pytest.raises(StorageError, match="access denied"):
+        Folder(str(tmp_path)).list()
 
 
 def test_file_in_a_hidden_folder_is_found_by_its_path(folder: Folder) -> None:
