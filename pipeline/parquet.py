@@ -9,7 +9,8 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import InputError, NoSuchFileError
+from pipeline.errors import InputError, NoSuchFileError, RowRejected
+from pipeline.records import Row
 
 READ_ROWS = 4_096
 READ_BYTES = 8 << 20
@@ -37,6 +38,27 @@ def read_batches(
         yield from parquet.iter_batches(
             batch_size=max(1, min(READ_ROWS, rows)), row_groups=row_groups, columns=columns
         )
+
+
+def python_rows(table: pa.Table | pa.RecordBatch) -> list[Row | RowRejected]:
+    """Rows as dicts. One that Python has no value for is its error instead: text that is not
+    UTF-8, a date behind the year 9999."""
+    try:
+        return list(table.to_pylist())
+    except (ValueError, OverflowError):  # of all rows; UnicodeDecodeError is a ValueError
+        return [_python_row(table, index) for index in range(table.num_rows)]
+
+
+def _python_row(table: pa.Table | pa.RecordBatch, index: int) -> Row | RowRejected:
+    row = {}
+    for name in table.column_names:
+        try:
+            row[name] = table.column(name)[index].as_py()
+        except UnicodeDecodeError:
+            return RowRejected("invalid_utf8")
+        except (ValueError, OverflowError):
+            return RowRejected(f"bad_value: {name}")
+    return row
 
 
 @contextmanager

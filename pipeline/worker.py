@@ -57,6 +57,7 @@ from pipeline.ledger import leave_reading
 from pipeline.logs import engines_lock, machine_folder, redirect_output, root_cause
 from pipeline.metrics import Metrics
 from pipeline.model import resolve_model
+from pipeline.parquet import python_rows
 from pipeline.parts import Stamp, commit_part, read_part_counts, result_table
 from pipeline.reaper import guard_children
 from pipeline.receipt import NOT_BEGUN, encode_receipt
@@ -157,7 +158,7 @@ class Worker:
         """None if it has not begun, as the watch says stop."""
         started = time.monotonic()
         unit, fingerprint, table = decode_unit(block)
-        rows = _rows_of(table)
+        rows = python_rows(table)
         crashes = await asyncio.to_thread(read_crashes, self._output, unit.shard)
         # A worker may have died after its commit, and before Ray had the receipt.
         done = await asyncio.to_thread(read_part_counts, self._output, unit) if crashes else {}
@@ -326,22 +327,6 @@ def _text_counter(accounting: AccountingConfig, engine: Engine) -> TextCounter:
     )
 
 
-def _rows_of(table: pa.Table) -> list[Row | RowError]:
-    """Rows as dicts; a row that Arrow can't turn into Python values is its error instead."""
-    try:
-        return list(table.to_pylist())
-    except UnicodeDecodeError:
-        return [_row_at(table, index) for index in range(table.num_rows)]
-
-
-def _row_at(table: pa.Table, index: int) -> Row | RowError:
-    try:
-        row: Row = table.slice(index, 1).to_pylist()[0]
-    except UnicodeDecodeError:
-        return RowRejected("invalid_utf8")
-    return row
-
-
 def checked(output: Any, value_type: pa.DataType) -> Output:
     """What a task returned. Raises TypeError if that is no Output, or its value not of the type
     of the result column; Arrow would make a list of a string's letters."""
@@ -368,7 +353,7 @@ def _encodable(outputs: Sequence[Output]) -> list[Output]:
     """Outputs whose text Parquet can hold: a lone surrogate has no UTF-8."""
     return [
         output
-        if _is_utf8(output.value)
+        if _is_utf8((output.value, output.reason))
         else output._replace(value=None, status="failed", reason="invalid_utf8")
         for output in outputs
     ]

@@ -178,4 +178,8 @@ def test_a_wrong_key_is_named(
 )
 def test_what_parquet_cannot_hold_is_found_at_any_depth(value: Any) -> None:
     right = Output({"a": ["x", None, 1.5, {"나": True}]})
-    assert _encodable([right, Output(value)]) == [right, Output(None, "failed", "invalid_utf8")]
+    lost = Output(None, "rejected", f"markup_lost: invented {value}")
+    unfit = Output(None, "failed", "invalid_utf8")
+    assert _encodable([right, Output(value)]) == [right, unfit]
+    if isinstance(value, str):
+        assert _encodable([lost]) == [unfit]

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-import pyarrow as pa
-
 from pipeline.counting import texts_in
 from pipeline.errors import RowRejected
-from pipeline.parquet import input_errors, open_parquet
+from pipeline.parquet import input_errors, open_parquet, python_rows
 from pipeline.plan import Plan
 from pipeline.records import Row
 from pipeline.shards import Shard
@@ -61,7 +59,7 @@ class SampledRow(NamedTuple):
 
     place: int
     row: Row | RowRejected
-    """RowRejected where Arrow can't turn it into Python values, as in the worker."""
+    """RowRejected where Python has no value for it, as in the worker."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,7 @@ def _read_group(
                 first, last = window.start - position, window.stop - position
                 if first < batch.num_rows and last > 0:
                     part = batch.slice(max(0, first), min(batch.num_rows, last) - max(0, first))
-                    sampled += [SampledRow(window.place, row) for row in _rows_of(part)]
+                    sampled += [SampledRow(window.place, row) for row in python_rows(part)]
             position += batch.num_rows
             if position >= wanted[-1].stop:
                 break
@@ -223,11 +221,3 @@ def _moved_to_head(windows: Sequence[_GroupWindow], reachable: int) -> list[_Gro
         free = start + length
         moved.append(window._replace(start=start, stop=free))
     return moved
-
-
-def _rows_of(batch: pa.RecordBatch) -> Iterator[Row | RowRejected]:
-    for index in range(batch.num_rows):
-        try:
-            yield batch.slice(index, 1).to_pylist()[0]
-        except UnicodeDecodeError:
-            yield RowRejected("invalid_utf8")
