@@ -19,7 +19,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +85,8 @@ def bury_the_dead(folder: Path, run: str, lane: str, output: Folder) -> None:
         EngineError: the last IDLE_DEATHS of the lane had finished nothing.
     """
     for journal in sorted(folder.glob(f"{run}.*.journal")):
-        with journal.open("rb") as file:
+        # Another worker that was started meanwhile may have buried it.
+        with suppress(FileNotFoundError), journal.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import worker
+from pipeline import attempts, worker
 from pipeline.attempts import (
     IDLE_DEATHS,
     START_TRIES,
@@ -80,6 +80,26 @@ with journal.holding(Unit("a b.parquet", 5, 9), False), journal.holding(Unit("c"
     assert crashes_of(Unit("c", 0, 100), read_crashes(output, "c")) == [Crash(1, 2, alone=True)]
     assert crashes_of(Unit("c", 2, 100), read_crashes(output, "c")) == []
     assert mine.path.exists(), "the journal of a living worker is not touched"
+
+
+def test_two_workers_that_bury_the_same_dead_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first is at one journal, the second has done the next."""
+    output, folder = Folder(str(tmp_path / "out")), tmp_path / "machine"
+    folder.mkdir()
+    for number in (1, 2):
+        line = json.dumps(["in", "s", number, number + 1, False])
+        (folder / f"run.{number}.journal").write_text(line)
+
+    def bury_and_be_overtaken(journal: Path, output: Folder) -> None:
+        monkeypatch.undo()
+        bury_the_dead(folder, "run", "run", output)
+        bury(journal, output)
+
+    monkeypatch.setattr(attempts, "bury", bury_and_be_overtaken)
+    bury_the_dead(folder, "run", "run", output)
+    assert sorted(read_crashes(output, "s")) == [Crash(n, n + 1, alone=False) for n in (1, 2)]
 
 
 def test_engines_that_die_without_having_done_anything_end_the_job(tmp_path: Path) -> None:
