@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline.config import JobConfig
 from pipeline.config.model import ModelConfig
@@ -114,11 +115,9 @@ def replica_resources(job: JobConfig, lane: Lane, units: int) -> Resources:
     model, wanted = lane.model, job.cluster.range
     most = max(1, min(wanted.max, units))
     replicas = ReplicaRange(min=min(wanted.min, most), max=most)
-    if model.backend != "vllm":
-        return Resources(0, job.cluster.cpus_per_replica or 1, replicas)
     world = model.world_size
     gpus = [int(node.get("GPU", 0)) for node in nodes]
-    if any(gpus):
+    if model.backend == "vllm" and any(gpus):
         if world > max(gpus):
             raise _too_large(world, f"the largest machine has {max(gpus)} GPUs")
         room = sum(count // world for count in gpus)
@@ -131,13 +130,20 @@ def replica_resources(job: JobConfig, lane: Lane, units: int) -> Resources:
                 "Lower `cluster.replicas`, or wait for the cluster to grow.",
             )
         return Resources(world, 1, replicas)
-    cores = [math.floor(node.get("CPU", 0)) for node in nodes]
-    local = len(os.sched_getaffinity(0))
-    largest = min(max(cores, default=0), local) if len(nodes) == 1 else max(cores, default=0)
+    cores = max((math.floor(node.get("CPU", 0)) for node in nodes), default=0)
+    cpus = job.cluster.cpus_per_replica
+    if cpus and cpus > cores:
+        raise ClusterError(
+            f"cluster.cpus_per_replica: is {cpus}, but the largest machine has {cores} CPUs",
+            "Lower it.",
+        )
+    if model.backend != "vllm":
+        return Resources(0, cpus or 1, replicas)
+    largest = min(cores, len(os.sched_getaffinity(0))) if len(nodes) == 1 else cores
     if world > largest:
         raise _too_large(world, f"this machine has no GPU and {largest} cores")
     share = largest // math.ceil(replicas.max / max(1, len(nodes)))
-    return Resources(0, job.cluster.cpus_per_replica or max(world, share), replicas)
+    return Resources(0, cpus or max(world, share), replicas)
 
 
 def _too_large(world: int, limit: str) -> ModelError:
@@ -191,7 +197,7 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
             receipt = decode_receipt(row["receipt"])
             if receipt:
                 yield receipt
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
         raise ClusterError(
             f"Ray gave up: {type(error).__name__}: {_last_line(error)}",
             f"The log says more: {spec.log}. The same command goes on where this run stopped.",

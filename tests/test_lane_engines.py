@@ -97,6 +97,21 @@ def test_second_lane_takes_the_room_there_is(
         cluster.replica_resources(job, Lane("yarn", second.model), units=1000)
 
 
+def test_replica_of_more_cpus_than_the_largest_machine_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in (8.0, 32.0)]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+
+    def share(cpus: int) -> cluster.Resources:
+        job = make_job(tmp_path, cluster={"cpus_per_replica": cpus})
+        return cluster.replica_resources(job, first_lane(job.model), units=1000)
+
+    assert share(32).cpus == 32
+    with pytest.raises(ClusterError, match="is 33, but the largest machine has 32 CPUs"):
+        share(33)
+
+
 @pytest.mark.parametrize(("units", "least", "most"), [(1, 1, 1), (3, 2, 3), (100, 2, 8)])
 def test_no_more_replicas_than_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: int, least: int, most: int
