@@ -105,14 +105,21 @@ class Ledger:
         self._read: set[str] = set()
         """Files of dead workers that have been taken over."""
         self._dead: set[str] = set()
+        self._at_once = 0
+        """Replicas that hold their GPUs from the lane's begin on, heard of or not."""
+        self._lane_from_s, self._heard_before = 0.0, 0
+        self._unheard_gpu_s = 0.0
+        """Of the lanes that have ended."""
         self._lock = threading.RLock()
 
-    def begin_lane(self, replicas: int, gpus_per_replica: int) -> None:
+    def begin_lane(self, replicas: int, gpus_per_replica: int, at_once: int = 0) -> None:
         """Its workers are others than those of the lane before: these end, and nobody takes their
-        place."""
+        place. Of its replicas, `at_once` are started now."""
         with self._lock:
             self.end_lane()
             self.replicas, self.gpus_per_replica = replicas, gpus_per_replica
+            self._at_once, self._lane_from_s = at_once, self._now()
+            self._heard_before = len(self.workers)
 
     def add(self, receipt: Receipt) -> None:
         with self._lock:
@@ -150,6 +157,8 @@ class Ledger:
                 known = self.workers[worker]
                 known.reading = _later(known.reading, now - known.last_s)
                 known.is_gone = True
+            self._unheard_gpu_s += self._unheard_of_lane()
+            self._at_once = 0
 
     def read_the_dead(self) -> None:
         """Take over what workers left whose engines died. Raises StorageError."""
@@ -201,9 +210,11 @@ class Ledger:
 
     @property
     def gpu_s(self) -> float:
-        """GPU-seconds that the replicas have taken so far."""
+        """GPU-seconds that the replicas have taken so far; those too of one that is still loading
+        its model."""
         with self._lock:
-            return sum(worker.gpus * self._up_s_of(worker) for worker in self.workers.values())
+            heard = sum(worker.gpus * self._up_s_of(worker) for worker in self.workers.values())
+            return heard + self._unheard_gpu_s + self._unheard_of_lane()
 
     @property
     def up_s(self) -> float:
@@ -255,6 +266,11 @@ class Ledger:
     def _up_s_of(self, worker: WorkerLedger) -> float:
         idle = 0.0 if worker.is_gone else self._now() - worker.last_s
         return worker.reading.up_s + idle
+
+    def _unheard_of_lane(self) -> float:
+        """GPU-seconds of its replicas that have not sent a receipt yet."""
+        unheard = max(0, self._at_once - (len(self.workers) - self._heard_before))
+        return unheard * self.gpus_per_replica * (self._now() - self._lane_from_s)
 
     def _alive(self) -> list[str]:
         return [name for name, worker in self.workers.items() if not worker.is_gone]

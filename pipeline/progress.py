@@ -76,9 +76,9 @@ class Progress:
     def add(self, receipt: Receipt) -> None:
         with self._lock:
             now = time.monotonic()
-            if self._first is None:
-                # The first unit began this long ago; engine start is not part of the rate.
-                self._first = max(self._started, now - receipt.seconds)
+            # The first unit began this long ago; engine start is not part of the rate.
+            began = max(self._started, now - receipt.seconds)
+            self._first = began if self._first is None else min(self._first, began)
             self._last = now
             self._seen[receipt.worker] = now
             self._longest_unit = max(self._longest_unit, receipt.seconds)

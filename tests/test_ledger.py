@@ -192,6 +192,24 @@ def test_idle_engine_is_up_until_its_lane_ends(tmp_path: Path) -> None:
     assert run.ledger.busy_share == pytest.approx(30 / 75)
 
 
+def test_replica_takes_its_gpus_before_it_is_heard_of(run: Run) -> None:
+    """And if it never is: a model that is loaded costs what one that computes does."""
+    run.at(10)
+    run.ledger.begin_lane(3, 4, at_once=2)
+    run.at(30)
+    assert run.ledger.gpu_s == 4 * 2 * 20
+    run.commit("a:1", 40, up=29)
+    assert run.ledger.gpu_s == 4 * (29 + 30)
+    run.ledger.end_lane()
+    run.at(100)
+    assert run.ledger.gpu_s == 4 * (29 + 30)
+    run.ledger.begin_lane(3, 4, at_once=2)
+    run.commit("b:1", 110, up=10)
+    run.commit("b:2", 110, up=10)
+    run.commit("b:3", 115, up=4)
+    assert run.ledger.gpu_s == 4 * (29 + 30) + 4 * (15 + 15 + 4)
+
+
 def test_receipt_that_was_overtaken_takes_no_time_back(run: Run) -> None:
     run.commit("a:1", 20, up=20)
     run.commit("a:1", 25, up=10)
