@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,33 @@ def identity_fields(job: JobConfig, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _deciding(engine: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in engine.items() if name not in EXECUTION_OPTIONS}
+    """What may change the output; of a template's file what it holds, as vLLM reads that."""
+    deciding = {
+        name: value
+        for name, value in absolute_options(engine).items()
+        if name not in EXECUTION_OPTIONS
+    }
+    template = deciding.get("chat_template")
+    if is_template_file(template) and (file := Path(str(template))).is_file():
+        deciding["chat_template"] = f"sha256:{sha256(file.read_bytes()).hexdigest()[:16]}"
+    return deciding
+
+
+def is_template_file(template: Any) -> bool:
+    """Whether `model.engine.chat_template` names a file, and is no template, as vLLM tells it."""
+    return template is not None and not any(mark in str(template) for mark in "{}\n")
+
+
+def absolute_options(engine: dict[str, Any]) -> dict[str, Any]:
+    """Engine options whose local paths mean the same from everywhere."""
+    absolute = dict(engine)
+    for name in ("tokenizer", "hf_config_path"):
+        if isinstance(engine.get(name), str):
+            absolute[name] = absolute_model_id(engine[name])
+    template = engine.get("chat_template")
+    if is_template_file(template) and Path(str(template)).is_file():
+        absolute["chat_template"] = str(Path(str(template)).absolute())
+    return absolute
 
 
 def absolute_model_id(model_id: str) -> str:
@@ -64,7 +90,7 @@ def absolute_model_id(model_id: str) -> str:
 def identity_hash(fields: dict[str, Any]) -> str:
     """16 hex digits of the SHA-256 over the canonical JSON of `fields`."""
     canonical = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return sha256(canonical.encode()).hexdigest()[:16]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise JobFileError(f"{path}: no such job file", "See configs/ for files to copy.") from None
     except UnicodeDecodeError:
         raise JobFileError(f"{path}: is not UTF-8 text", "Save it as UTF-8.") from None
+    except ValueError as error:
+        raise JobFileError(f"{path}: not valid YAML: {error}", "Put it in quotes.") from None
     except OSError as error:
         raise JobFileError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -51,13 +53,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+MERGE = "tag:yaml.org,2002:merge"
+"""Of the key `<<`, whose keys may be there twice."""
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML's safe loader, which would let the second of two equal keys win without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.MarkedYAMLError(
+                    problem="what begins with a brace or bracket is no text; put it in quotes",
+                    problem_mark=key_node.start_mark,
+                )
             if key in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key `{key}` is there twice", problem_mark=key_node.start_mark
@@ -80,7 +93,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = child
     try:
         tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # a ValueError of a date that is none
         raise JobFileError(f"--set {override}: the value is not valid YAML") from None
 
 
@@ -98,7 +111,8 @@ def _job_file_error(
     # An unknown key explains the missing one it was meant to be, so it comes first.
     errors = sorted(error.errors(), key=_how_little_it_explains)
     first, more = errors[0], len(errors) - 1
-    location = [str(part) for part in first["loc"] if not _is_union_label(str(part))]
+    path = [str(part) for part in first["loc"]]
+    location = [part for part in path if not _is_union_label(part)] or path
     key = (prefix + ".".join(location)).rstrip(".")
     rest = f" (and {more} more)" if more else ""
     match first["type"]:

@@ -18,7 +18,7 @@ import jobs
 import pipeline
 from pipeline.config import JobConfig
 from pipeline.errors import ClusterError, RefusedError
-from pipeline.identity import absolute_model_id
+from pipeline.identity import absolute_model_id, absolute_options
 from pipeline.ray_settings import apply_ray_settings
 from pipeline.storage import Folder, absolute_url
 
@@ -70,9 +70,9 @@ def submit_job(job: JobConfig, address: str | None) -> Submitted:
             f"Ray at {address or 'the default address'}: {' '.join(str(error).split())[:200]}",
             "Give the dashboard's address: --address http://HOST:8265.",
         ) from error
-    identifier = _next_id(client, submission_id(job), where)
+    identifier = next_id(client, submission_id(job), where)
     with tempfile.TemporaryDirectory(prefix="axbatch-submit-") as folder:
-        resolved = _with_absolute_paths(job)
+        resolved = with_absolute_paths(job)
         Path(folder, "job.yaml").write_text(
             yaml.safe_dump(resolved.model_dump(), sort_keys=False, allow_unicode=True)
         )
@@ -103,20 +103,19 @@ def _entrypoint() -> str:
     return f"if [ -x {python} ]; then exec {python} {run}; else exec python {run}; fi"
 
 
-def _next_id(client: Any, base: str, address: str) -> str:
+def next_id(client: Any, base: str, address: str) -> str:
     """`base`, `base-2`, …: Ray never takes an id twice, and this job may have ended before.
 
     Two who submit at the same moment come to the same id; Ray takes one of them.
     """
-    earlier = {
-        details.submission_id: details.status
-        for details in client.list_jobs()
-        if re.fullmatch(rf"{re.escape(base)}(-\d+)?", details.submission_id or "")
-    }
-    for identifier, status in earlier.items():
-        if not status.is_terminal():
-            raise _active(identifier, address)
-    return f"{base}-{len(earlier) + 1}" if earlier else base
+    latest = 0
+    for details in client.list_jobs():
+        own = re.fullmatch(rf"{re.escape(base)}(?:-(\d+))?", details.submission_id or "")
+        if own and not details.status.is_terminal():
+            raise _active(own[0], address)
+        if own:
+            latest = max(latest, int(own[1] or 1))
+    return f"{base}-{latest + 1}" if latest else base
 
 
 def _active(identifier: str, address: str) -> RefusedError:
@@ -127,17 +126,29 @@ def _active(identifier: str, address: str) -> RefusedError:
     )
 
 
-def _with_absolute_paths(job: JobConfig) -> JobConfig:
+def with_absolute_paths(job: JobConfig) -> JobConfig:
     """The same job from any working directory. Local paths must be shared with the cluster."""
     paths = [absolute_url(path) for path in job.input.paths]
     dataset = job.input.dataset
     if dataset is not None and Path(dataset).is_dir():
         dataset = absolute_url(dataset)
+    model, accounting = job.model, job.accounting
+    yarn = model.yarn.model_copy(update={"engine": absolute_options(model.yarn.engine)})
+    counted = {
+        key: name and absolute_model_id(name)
+        for key, name in (("tokenizer", accounting.tokenizer), ("baseline", accounting.baseline))
+    }
+    resolved = {
+        "id": absolute_model_id(model.id),
+        "engine": absolute_options(model.engine),
+        "yarn": yarn,
+    }
     return job.model_copy(
         update={
             "input": job.input.model_copy(update={"path": paths or None, "dataset": dataset}),
             "output": job.output.model_copy(update={"path": absolute_url(job.output.path)}),
-            "model": job.model.model_copy(update={"id": absolute_model_id(job.model.id)}),
+            "model": model.model_copy(update=resolved),
+            "accounting": accounting.model_copy(update=counted),
         }
     )
 

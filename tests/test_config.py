@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ray.job_submission import JobStatus
 
 from jobs import load_task
 from pipeline.config import JobConfig
@@ -17,6 +19,7 @@ from pipeline.config.running import ReplicaRange
 from pipeline.errors import JobFileError
 from pipeline.identity import EXECUTION_OPTIONS, identity_fields, identity_hash
 from pipeline.job_file import load_job
+from pipeline.submit import next_id, with_absolute_paths
 
 MINIMAL: dict[str, Any] = {
     "name": "news",
@@ -153,6 +156,17 @@ def test_unknown_key_names_the_nearest(
     assert caught.value.exit_code == 2
 
 
+def test_merged_keys_are_taken_and_may_be_overridden(tmp_path: Path) -> None:
+    tree = yaml.safe_dump(MINIMAL)
+    path = tmp_path / "job.yaml"
+    path.write_text(f"{tree}sampling: &s {{seed: 1, top_k: 2}}\n", encoding="utf-8")
+    plain = load_job(path)
+    path.write_text(
+        f"{tree}sampling:\n  <<: [{{seed: 1, top_k: 3}}]\n  top_k: 2\n", encoding="utf-8"
+    )
+    assert load_job(path) == plain
+
+
 def test_unknown_key_comes_before_the_missing_one(tmp_path: Path) -> None:
     tree = copy.deepcopy(MINIMAL)
     tree["output"] = {"path": "out", "colum": "ko"}
@@ -255,6 +269,42 @@ def test_identity_changes_with(key: str, value: Any) -> None:
 )  # fmt: skip
 def test_identity_does_not_change_with(key: str, value: Any) -> None:
     assert identity(changed(key, value, BASE)) == identity(BASE)
+
+
+def test_identity_sees_what_a_template_file_holds_not_where_it_is(tmp_path: Path) -> None:
+    def with_template(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return identity(changed("model.engine.chat_template", str(tmp_path / name), BASE))
+
+    one = with_template("a.jinja", "{{ messages }}")
+    assert with_template("b.jinja", "{{ messages }}") == one
+    assert with_template("a.jinja", "{{ messages[0] }}") != one
+    assert one != identity(BASE)
+
+
+@pytest.mark.parametrize("option", ["tokenizer", "hf_config_path", "chat_template"])
+def test_identity_and_submission_mean_the_same_path_from_everywhere(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if option == "chat_template":
+        (tmp_path / "here").write_text("x", encoding="utf-8")
+    else:
+        (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    relative = changed(f"model.engine.{option}", "here", BASE)
+    absolute = changed(f"model.engine.{option}", str(tmp_path / "here"), BASE)
+    assert identity(relative) == identity(absolute)
+    submitted = with_absolute_paths(JobConfig.model_validate(relative))
+    assert submitted.model.engine[option] == str(tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "then"),
+    [([], "job"), (["job"], "job-2"), (["job-2"], "job-3"), (["job", "job-9", "job-x"], "job-10")],
+)
+def test_submission_id_is_none_that_ray_has_seen(earlier: list[str], then: str) -> None:
+    ended = [SimpleNamespace(submission_id=name, status=JobStatus.FAILED) for name in earlier]
+    assert next_id(SimpleNamespace(list_jobs=lambda: ended), "job", "here") == then
 
 
 def test_identity_does_not_depend_on_the_server() -> None:

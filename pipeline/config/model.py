@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,7 +18,10 @@ MAX_NUM_SEQS = 256
 
 
 def sound_engine_options(engine: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for secrets, and for numbers that are none."""
+    """Raises ValueError for secrets, for numbers that are none, and for a command line's names."""
+    for name in engine:
+        if "-" in str(name):
+            raise ValueError(f"holds `{name}`; write `{str(name).strip('-').replace('-', '_')}`")
     for secret in ("hf_token", "api_key"):
         if secret in engine:
             raise SecretInJobFile(f"holds `{secret}`; put it into the environment (HF_TOKEN)")
@@ -80,7 +84,15 @@ class ModelConfig(Section):
     @field_validator("base_url")
     @classmethod
     def _base_url_has_no_credentials(cls, url: str | None) -> str | None:
-        return url if url is None else without_credentials(url)
+        if url is None:
+            return None
+        try:
+            _ = urlsplit(without_credentials(url)).port
+        except SecretInJobFile:
+            raise
+        except ValueError as error:
+            raise ValueError(f"is no address: {error}") from None
+        return url
 
     @field_validator("api_key_env")
     @classmethod

@@ -35,6 +35,7 @@ from pipeline.errors import (
 )
 from pipeline.forecast.sampling import RowSample
 from pipeline.generate import MESSAGE_TOKENS, EngineGenerate, texts_of
+from pipeline.identity import is_template_file
 from pipeline.lanes import Lane
 from pipeline.meter import Meter
 from pipeline.model import read_config, resolve_model
@@ -137,11 +138,10 @@ def _of_engine(model: ModelConfig, model_id: str) -> PromptTokens:
         source, key = str(options["tokenizer"]), "model.engine.tokenizer"
     revision = model.revision or options.get("tokenizer_revision")
     template = options.get("chat_template")
-    if template is not None and not any(mark in str(template) for mark in "{}\n"):
-        # So vLLM tells a file from a template. It also knows some by names, which we do not.
+    if is_template_file(template):  # vLLM also knows some by names, which we do not
         try:
-            template = Path(template).read_text("utf-8")
-        except (OSError, ValueError, TypeError) as error:
+            template = Path(str(template)).read_text("utf-8")
+        except (OSError, ValueError) as error:
             raise ModelError(
                 f"model.engine.chat_template: {template} is no file that can be read here "
                 f"({type(error).__name__})"
