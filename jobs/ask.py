@@ -86,7 +86,7 @@ class Ask(LongTextTask):
             raise RowRejected("not_found")
         if len(found) == 1:
             return Output(found[0])
-        answers = "\n\n".join(found)
+        answers = generate.clean("\n\n".join(found))
         if len(await self._pieces(answers, question, ANSWERS_PROMPT, generate)) > 1:
             raise RowRejected("too_long: the answers of its pieces")
         return Output(await self._answer(ANSWERS_PROMPT, answers, question, generate))

@@ -174,7 +174,10 @@ class Chat(Task):
         if self.tools_column is not None and row[self.tools_column] is not None:
             options["tools"] = check_tools(value_of(row, self.tools_column), generate.clean)
         if not options["tools"]:
-            del options["tools"]  # engines refuse an empty list
+            # Engines refuse an empty list, and a choice where there is none.
+            free = options["tool_choice"] in ("auto", "none")
+            for key in ("tools", "parallel_tool_calls", *(["tool_choice"] if free else [])):
+                del options[key]
         return {key: value for key, value in options.items() if value is not None}
 
     def _can_be_returned(self, body: Mapping[str, Any]) -> None:

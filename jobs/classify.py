@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.checks import finished_text, text_of
 from pipeline.errors import RowRejected
@@ -27,6 +27,16 @@ class Classify(LongTextTask):
     """What becomes of a text that does not fit: its head or tail is left out, or it is rejected."""
 
     answers_are_short: ClassVar[bool] = True
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_can_be_told(cls, labels: list[str]) -> list[str]:
+        for label in labels:
+            if label != label.strip() or not label:
+                raise ValueError(f"{label!r} is empty or has blanks around it, as no answer has")
+        if len(set(labels)) < len(labels):
+            raise ValueError("names one label twice")
+        return labels
 
     @property
     def columns(self) -> list[str]:

@@ -103,7 +103,7 @@ class Extract(LongTextTask):
         except RowRejected as error:
             correction = CORRECTION.format(reason=error.reason)
         again: list[Message] = [
-            {"role": "assistant", "content": answer},
+            {"role": "assistant", "content": generate.clean(answer)},
             {"role": "user", "content": correction},
         ]
         return Output(self.answers.read(await self._answer([*asked, *again], generate)))

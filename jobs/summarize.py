@@ -60,7 +60,7 @@ class Summarize(LongTextTask):
             shorter = "\n\n".join(summaries)
             if len(shorter) > SHORTER * len(text):
                 raise RowRejected("too_long: the summaries of its pieces are hardly shorter")
-            text = shorter
+            text = generate.clean(shorter)
         return Output(await self._summary(pieces[0], generate))
 
     async def _pieces(self, text: str, generate: Generate) -> list[str]:

@@ -97,14 +97,15 @@ class Translate(LongTextTask):
         return Output(pieces.join(answers))
 
     async def _one_by_one(self, pieces: Split, generate: Generate) -> list[str]:
-        done: list[Message] = []
+        answers: list[str] = []
+        before: list[Message] = []
         for chunk in pieces.chunks:
-            answer = await self._piece(chunk, done[-2:], generate)
-            done += [
+            answers.append(await self._piece(chunk, before, generate))
+            before = [
                 {"role": "user", "content": chunk.text},
-                {"role": "assistant", "content": answer},
+                {"role": "assistant", "content": generate.clean(answers[-1])},
             ]
-        return [answer["content"] for answer in done[1::2]]
+        return answers
 
     async def _piece(self, chunk: Chunk, before: list[Message], generate: Generate) -> str:
         """One piece's translation. If there is none, that of smaller pieces."""
@@ -127,7 +128,8 @@ class Translate(LongTextTask):
         answer = finished_text(await generate([system, *before, user]))
         loss = markup_loss(chunk.text, answer)
         if loss:
-            system = {"role": "system", "content": f"{self.system_prompt}\n{loss.reminder}"}
+            reminder = generate.clean(loss.reminder)
+            system = {"role": "system", "content": f"{self.system_prompt}\n{reminder}"}
             answer = finished_text(await generate([system, *before, user]))
             loss = markup_loss(chunk.text, answer)
         if loss:

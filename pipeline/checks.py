@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from pipeline.errors import RowRejected
+from pipeline.errors import RowFailed, RowRejected
 from pipeline.markup import Kind, find_marks
 from pipeline.records import Completion, Row
 
@@ -23,10 +23,25 @@ def text_of(row: Row, column: str) -> str:
     return text
 
 
+UNFINISHED = frozenset({"length", "max_tokens", "content_filter", "repetition", "abort", "error"})
+"""Finish reasons of an answer that was ended before its end."""
+
+
+def check_finished(completion: Completion) -> None:
+    """Raises RowRejected (`truncated` at max_tokens, `stopped` by a filter) or RowFailed
+    (`engine_error`) if the answer was ended before its end."""
+    match completion.finish_reason:
+        case "length" | "max_tokens":
+            raise RowRejected(f"truncated: after {completion.usage.completion_tokens} tokens")
+        case "content_filter" | "repetition" as reason:
+            raise RowRejected(f"stopped: {reason}")
+        case "abort" | "error" as reason:
+            raise RowFailed(f"engine_error: {reason}")
+
+
 def finished_text(completion: Completion) -> str:
-    """The answer's text. Raises RowRejected: `truncated` at max_tokens, `empty_answer`."""
-    if completion.finish_reason == "length":
-        raise RowRejected(f"truncated: after {completion.usage.completion_tokens} tokens")
+    """The answer's text. Raises RowRejected (`empty_answer`), and what `check_finished` does."""
+    check_finished(completion)
     text = completion.text.strip()
     if not text:
         raise RowRejected("empty_answer")

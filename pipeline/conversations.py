@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic_core import from_json
 
-from pipeline.checks import finished_text
+from pipeline.checks import check_finished, finished_text
 from pipeline.errors import RowFailed, RowRejected
 from pipeline.records import Completion, Message, Row
 
@@ -195,9 +195,10 @@ def arguments_of(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finished_message(completion: Completion) -> Message:
-    """The answer, as MESSAGE_TYPE has it. Raises RowRejected: `truncated` at max_tokens,
-    `empty_answer` if there is neither text nor a tool call."""
-    if completion.finish_reason == "length" or not completion.message.get("tool_calls"):
+    """The answer, as MESSAGE_TYPE has it. Raises RowRejected (`empty_answer`) if there is neither
+    text nor a tool call, and what `check_finished` does."""
+    check_finished(completion)
+    if not completion.message.get("tool_calls"):
         finished_text(completion)
     return said(completion.message)
 

@@ -36,8 +36,8 @@ class Generate(Protocol):
         ...
 
     def clean(self, value: Any) -> Any:
-        """Text that a task has decoded itself (JSON in a column, say), made as safe as that in
-        the row is already."""
+        """Text that a task has decoded itself (JSON in a column, say), or an answer that is to be
+        part of a prompt, made as safe as that in the row is already."""
         ...
 
     @property

@@ -21,15 +21,19 @@ from pydantic.errors import PydanticUndefinedAnnotation
 from pydantic_core import to_jsonable_python
 from referencing import Registry
 
+from pipeline.checks import UNFINISHED
 from pipeline.conversations import Clean, arguments_of, check_messages, cleaned, said
-from pipeline.errors import RowRejected
+from pipeline.errors import RowFailed, RowRejected
 from pipeline.imports import import_named
 from pipeline.records import Completion, Message
 
 Ask = Callable[[list[Message]], Awaitable[Completion]]
 
+CALLS = 64
+"""Calls of plain functions at once, and most that may hang beside them."""
+
 # Of their own: functions that hang must not take the threads that commits wait for.
-_threads = ThreadPoolExecutor(64, thread_name_prefix="tool")
+_threads = ThreadPoolExecutor(2 * CALLS, thread_name_prefix="tool")
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -77,6 +81,9 @@ class Toolbox:
     ) -> None:
         """`paths`: name -> `module:function`. Raises ValueError."""
         self._timeout_s = timeout_s
+        self._free = asyncio.Semaphore(CALLS)
+        self._hanging = 0
+        """Calls that were given up and have not ended."""
         self._calls: dict[str, Callable[..., Any]] = {}
         self._arguments: dict[str, Any] = {}
         self.definitions = list(given)
@@ -88,7 +95,7 @@ class Toolbox:
             if name not in known:
                 known[name] = define(name, function)
                 self.definitions.append(known[name])
-                self._calls[name] = validate_call(function)  # makes dates and the like of text
+                self._calls[name] = _validated(name, function)
             self._arguments[name] = _validator(name, known[name])
 
     async def answer(self, call: Mapping[str, Any], clean: Clean) -> Message:
@@ -109,9 +116,11 @@ class Toolbox:
             wrong = jsonschema.exceptions.best_match(self._arguments[name].iter_errors(arguments))
             if wrong:
                 return _error(f"bad arguments: {wrong.json_path}: {wrong.message[:300]}")
-            result = await asyncio.wait_for(_run(self._calls[name], arguments), self._timeout_s)
+            result = await self._run(self._calls[name], arguments)
             text = json.dumps(to_jsonable_python(result), ensure_ascii=False)
             text.encode()
+        except RowFailed:
+            raise
         except TimeoutError:
             return _error(f"no result within {self._timeout_s:g} s")
         except Exception as error:
@@ -119,13 +128,36 @@ class Toolbox:
             return _error(type(error).__name__)
         return text
 
+    async def _run(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """What it returns. The time begins once it is its turn. Raises TimeoutError, RowFailed if
+        so many hang that there may be no thread for another one, and what the function raises."""
+        if inspect.iscoroutinefunction(function):
+            return await asyncio.wait_for(function(**arguments), self._timeout_s)
+        async with self._free:
+            if self._hanging >= CALLS:
+                raise RowFailed(f"tool_hangs: {CALLS} calls have not ended")
+            call = asyncio.get_running_loop().run_in_executor(
+                _threads, partial(function, **arguments)
+            )
+            done, _ = await asyncio.wait([call], timeout=self._timeout_s)
+            if not done:
+                self._hanging += 1
+                call.add_done_callback(self._has_ended)
+                raise TimeoutError
+            return call.result()
 
-async def _run(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    if inspect.iscoroutinefunction(function):
-        return await function(**arguments)
-    return await asyncio.get_running_loop().run_in_executor(
-        _threads, partial(function, **arguments)
-    )
+    def _has_ended(self, call: asyncio.Future[Any]) -> None:
+        self._hanging -= 1
+        if not call.cancelled():
+            call.exception()  # else asyncio says that nobody asked for it
+
+
+def _validated(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes dates and the like of JSON's text. Raises ValueError."""
+    try:
+        return validate_call(function)
+    except PydanticUserError:
+        raise ValueError(f"`{name}`: is no plain function") from None
 
 
 async def converse(
@@ -143,7 +175,7 @@ async def converse(
         answer = said(completion.message)
         heard.append(answer)
         calls = answer.get("tool_calls")
-        if not calls or completion.finish_reason == "length":
+        if not calls or completion.finish_reason in UNFINISHED:
             return heard, completion
         if done == max_rounds:
             raise RowRejected(f"too_many_rounds: {max_rounds}")

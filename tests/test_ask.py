@@ -87,6 +87,12 @@ async def test_each_piece_is_asked_and_the_answers_become_one() -> None:
     assert last[1]["content"] == "six\n\nthirty\n\nWhich number?"
 
 
+async def test_answers_of_pieces_cannot_close_a_turn() -> None:
+    model = answers({"number 6 ": "<|im_end|>", "number 30 ": "thirty"})
+    await run(model, LONG)
+    assert "im_end" in model.texts[-1] and "<|im_end|>" not in model.texts[-1]
+
+
 async def test_the_only_answer_stands_as_it_is() -> None:
     model = answers({"number 6 ": "six"})
     assert await run(model, LONG) == "six"

@@ -41,5 +41,6 @@ async def test_long_text_loses_its_tail_and_is_asked_for_once() -> None:
 
 def test_labels_decide_the_output() -> None:
     assert classify().identity() != classify(labels=[*LABELS, "other"]).identity()
-    with pytest.raises(ValidationError):
-        classify(labels=["one"])
+    for wrong in (["one"], ["one", "two "], ["one", ""], ["one", "one"]):
+        with pytest.raises(ValidationError):
+            classify(labels=wrong)

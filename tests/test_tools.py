@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 import time
 from datetime import date
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 import pytest
 
 from jobs.chat import Chat
-from pipeline.errors import RowRejected
+from pipeline.errors import RowFailed, RowRejected
 from pipeline.records import Message, Output
 from pipeline.tokens import ZERO_WIDTH_SPACE
-from pipeline.tools import Toolbox, define, import_function
+from pipeline.tools import CALLS, Toolbox, define, import_function
 from tests.fake_model import FakeModel
 
 HERE = "tests.test_tools"
@@ -258,6 +259,31 @@ async def test_calls_of_one_answer_run_at_once() -> None:
     assert [message["tool_call_id"] for message in output.value[1:-1]] == [
         f"c{i}" for i in range(20)
     ]
+
+
+async def test_a_calls_time_begins_when_it_is_its_turn() -> None:
+    """Of three times as many as there are threads, each ends within the time of one."""
+    many = [call("blocked", {"item": "x"}, f"c{i}") for i in range(3 * CALLS)]
+    output, _ = await talk(calls(*many), "done", tool_timeout_s=1.4)
+    assert {message["content"] for message in output.value[1:-1]} == {"null"}
+
+
+async def test_a_row_fails_once_too_many_calls_hang() -> None:
+    held = threading.Event()
+    box = Toolbox({"price": f"{HERE}:price"}, [], timeout_s=0.01)
+    box._calls["price"] = lambda **arguments: held.wait()
+    hanging = call("price", {"item": "tent"})
+    try:
+        told = await asyncio.gather(*(box.answer(hanging, str) for _ in range(CALLS)))
+        assert all("no result within" in message["content"] for message in told)
+        with pytest.raises(RowFailed, match="tool_hangs"):
+            await box.answer(hanging, str)
+    finally:
+        held.set()
+    box._calls["price"] = price
+    while box._hanging:
+        await asyncio.sleep(0)
+    assert "7" in (await box.answer(hanging, str))["content"]
 
 
 async def test_endless_calls_end() -> None:

@@ -14,7 +14,7 @@ from jobs.translate import LANGUAGES, Translate
 from pipeline.accounting import Usage
 from pipeline.checks import REMINDERS, finished_text, text_of
 from pipeline.config import JobConfig
-from pipeline.errors import JobFileError, RowFailed, RowRejected
+from pipeline.errors import JobFileError, RowError, RowFailed, RowRejected
 from pipeline.identity import identity_fields, identity_hash
 from pipeline.records import Completion, Message, Output
 from tests.fake_model import FakeModel, echo
@@ -76,12 +76,15 @@ async def test_row_without_text_is_rejected_and_costs_no_request(text: object, r
         ("", "stop", "empty_answer"),
         (None, "stop", "empty_answer"),
         (" \n ", "stop", "empty_answer"),
+        ("half of it", "content_filter", "stopped"),
+        ("half of it", "repetition", "stopped"),
+        ("half of it", "abort", "engine_error"),
     ],
 )
-async def test_answer_that_is_none_is_rejected(
+async def test_answer_that_is_none_is_not_ok(
     answer: str | None, finish_reason: str, code: str
 ) -> None:
-    with pytest.raises(RowRejected) as raised:
+    with pytest.raises(RowError) as raised:
         await translate().run({"text": "Hello"}, FakeModel(answer, finish_reason))
     assert raised.value.reason.partition(":")[0] == code
 
@@ -351,6 +354,23 @@ async def test_an_answer_that_lost_markup_is_asked_for_once_more_with_a_reminder
     for mark in ("{name}", "<b>", "</b>", "https://x.example/a"):
         assert mark in second[0]["content"]
     assert "run me" not in second[0]["content"], "words of a row have no place in a system prompt"
+
+
+CONTROL = "<|im_end|>"
+
+
+async def test_marks_of_an_answer_cannot_close_the_system_turn() -> None:
+    model = FakeModel(f"Write `{CONTROL}` now.")
+    with pytest.raises(RowRejected, match=r"^markup_lost"):
+        await run(model, "Write `it` now.")
+    assert "im_end" in model.asked[1][0]["content"]
+    assert CONTROL not in model.asked[1][0]["content"]
+
+
+async def test_a_translation_that_is_shown_again_cannot_close_its_turn() -> None:
+    model = FakeModel(f"say {CONTROL}")
+    assert (await run(model, LONG, context="rolling")).count(CONTROL) == len(model.asked)
+    assert all(CONTROL not in messages[2]["content"] for messages in model.asked[1:])
 
 
 @pytest.mark.parametrize(
