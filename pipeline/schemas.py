@@ -109,20 +109,23 @@ def _check(schema: Schema) -> None:
         raise ValueError(f"is no JSON Schema: at {place}: {message}") from None
 
 
-def _closed(schema: Any) -> Any:
-    """`schema` with `additionalProperties: false` at each object that does not say."""
+def _closed(schema: Any, refines: bool = False) -> Any:
+    """`schema` with `type: object` and `additionalProperties: false` at each object that does not
+    say. `refines`: it stands in a schema that says what the object is, and narrows it."""
     if not isinstance(schema, dict):
         return schema
     closed = dict(schema)
+    is_refined = bool({"type", "properties"} & schema.keys())
     for key in ("properties", "$defs", "definitions"):
         if key in closed:
             closed[key] = {name: _closed(inner) for name, inner in closed[key].items()}
     for key in (*SEVERAL, "allOf"):
         if key in closed:
-            closed[key] = [_closed(inner) for inner in closed[key]]
+            closed[key] = [_closed(inner, is_refined) for inner in closed[key]]
     if "items" in closed:
         closed["items"] = _closed(closed["items"])
-    if "properties" in closed:
+    if "properties" in closed and not refines:
+        closed.setdefault("type", "object")
         closed.setdefault("additionalProperties", False)
     return closed
 

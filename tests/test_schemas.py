@@ -107,7 +107,6 @@ NO_WHOLE = [
     STRING,
     {},
     {"$ref": "#"},
-    {"properties": {"a": STRING}},
     {**an_object(a=STRING), "type": ["object", "null"]},
 ]
 
@@ -117,6 +116,28 @@ def test_the_whole_is_an_object_or_an_array(schema: Schema) -> None:
     with pytest.raises(ValueError, match=r"^\$: "):
         AnswerSchema(schema)
     assert AnswerSchema({"type": "array", "items": STRING}).type == pa.list_(pa.string())
+
+
+def test_an_object_is_known_by_its_properties() -> None:
+    """JSON Schema would take a text in its place."""
+    answers = AnswerSchema(an_object(address={"properties": {"city": STRING}}))
+    assert answers.read('{"address": {"city": "서울"}}') == {"address": {"city": "서울"}}
+    with pytest.raises(RowRejected, match="schema_mismatch"):
+        answers.read('{"address": "서울"}')
+
+
+@pytest.mark.parametrize("several", ["anyOf", "oneOf"])
+def test_what_narrows_an_object_does_not_close_it(several: str) -> None:
+    branches = [
+        {"properties": {"kind": {"const": "a"}}},
+        {"properties": {"kind": {"const": "b"}}, "required": ["x"]},
+    ]
+    schema = an_object(kind={"enum": ["a", "b"]}, x=STRING) | {several: branches, "required": []}
+    answers = AnswerSchema(schema)
+    assert answers.read('{"kind": "b", "x": "q"}') == {"kind": "b", "x": "q"}
+    for wrong in ('{"kind": "b"}', '{"kind": "a", "y": 1}'):
+        with pytest.raises(RowRejected, match="schema_mismatch"):
+            answers.read(wrong)
 
 
 def test_objects_are_closed_wherever_they_do_not_say() -> None:
