@@ -14,6 +14,9 @@ Body = dict[str, Any]
 Reply = tuple[int, Mapping[str, Any] | str]
 """Status and content, text as it is."""
 
+HANG_UP: Reply = (0, "")
+"""The connection ends without a word."""
+
 
 def answer(text: str | None, **changes: Any) -> Reply:
     """A chat completion."""
@@ -90,6 +93,8 @@ class Handler(BaseHTTPRequestHandler):
         key = self.server.key
         if key and self.headers["Authorization"] != f"Bearer {key}":
             reply = error(401, "wrong key", "invalid_api_key")
+        if reply == HANG_UP:
+            raise ConnectionAbortedError
         status, content = reply
         is_text = isinstance(content, str)
         data = (content if isinstance(content, str) else json.dumps(content)).encode()

@@ -23,7 +23,7 @@ from pipeline.model import DEMO_MODEL
 from pipeline.records import Completion
 from pipeline.tokens import RowText
 from tests.conftest import asking
-from tests.openai_server import OpenAIServer, Reply, answer, error, serving
+from tests.openai_server import HANG_UP, OpenAIServer, Reply, answer, error, serving
 
 SYSTEM = {"role": "system", "content": "Answer with the translation only."}
 
@@ -232,6 +232,33 @@ async def test_http_server_that_is_gone_ends_the_job_and_marks_no_row(
     server.server_close()
     with pytest.raises(EngineError, match="APIConnectionError after 0 retries"):
         await started.chat(ask("Hello"))
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_http_rejects_a_row_that_something_before_the_server_refuses(
+    server: OpenAIServer, engine: Callable[..., HttpEngine], status: int
+) -> None:
+    """Even the first of all, as the server lets us in; a server that does not ends the job."""
+    started = engine(max_retries=0)
+    server.replies = [error(status, "blocked")]
+    with pytest.raises(RowRejected, match=r"^bad_request: .*blocked"):
+        await started.chat(ask("<script>"))
+    server.replies = [error(status, "who are you?")]
+    server.models = error(403, "who are you?")
+    with pytest.raises(EngineError, match="Mend the server or the key"):
+        await started.chat(ask("Hello"))
+    assert (await started.chat(ask("Hello"))).text == "fine"
+    server.replies = [error(status, "blocked")]
+    with pytest.raises(RowRejected, match=r"^bad_request: .*blocked"):
+        await started.chat(ask("<script>"))
+
+
+async def test_http_row_fails_when_the_server_hangs_up_on_it(
+    server: OpenAIServer, engine: Callable[..., HttpEngine]
+) -> None:
+    server.respond = lambda body: HANG_UP
+    with pytest.raises(RowFailed, match="engine_error: APIConnectionError"):
+        await engine(max_retries=0).chat(ask("Hello"))
 
 
 @pytest.mark.parametrize(

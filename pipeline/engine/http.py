@@ -20,13 +20,7 @@ from pipeline.job_file import parse_section
 from pipeline.meter import Meter
 from pipeline.records import Completion
 
-# The server is away, or refuses us: no row's fault, and true of all rows to come.
-GONE = (
-    openai.APIConnectionError,
-    openai.AuthenticationError,
-    openai.PermissionDeniedError,
-    openai.NotFoundError,
-)
+PROBE_TIMEOUT_S, PROBE_RETRIES = 20, 2
 
 
 class HttpOptions(Section):
@@ -68,6 +62,8 @@ class HttpEngine:
             max_retries=options.max_retries,
         )
         self.max_model_len = options.max_model_len or served or DEFAULT_CONTEXT
+        self._has_answered = False
+        """One request at least."""
 
     def count_tokens(self, text: str) -> int:
         return half_of_bytes(text)
@@ -84,21 +80,25 @@ class HttpEngine:
                         model=self._model.id, extra_body=extra or None, **named
                     )
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            too_long = error.code == "context_length_exceeded" or "context length" in str(error)
-            code = "too_long" if too_long else "bad_request"
-            raise RowRejected(f"{code}: {' '.join(error.message.split())[:200]}") from None
-        except GONE as error:
-            if isinstance(error, openai.APITimeoutError):
-                raise RowFailed("engine_error: APITimeoutError") from None
-            raise EngineError(
-                f"{self._model.base_url}: {type(error).__name__} after {self._options.max_retries} "
-                "retries",
-                "Mend the server or the key; then the same command goes on where it stopped.",
-            ) from None
+            raise _refusal(error) from None
+        except (openai.PermissionDeniedError, openai.NotFoundError) as error:
+            # A filter before the server may refuse one row; a wrong key or address, all of them.
+            if self._has_answered or await self._is_there():
+                raise _refusal(error) from None
+            raise self._gone(error) from None
+        except openai.APITimeoutError:
+            raise RowFailed("engine_error: APITimeoutError") from None
+        except openai.APIConnectionError as error:
+            if await self._is_there():  # it, or a proxy, hangs up on this row
+                raise RowFailed("engine_error: APIConnectionError") from None
+            raise self._gone(error) from None
+        except openai.AuthenticationError as error:
+            raise self._gone(error) from None
         except (openai.OpenAIError, json.JSONDecodeError) as error:
             raise RowFailed(f"engine_error: {type(error).__name__}") from None
         if not getattr(answer, "choices", None):
             raise RowFailed("engine_error: an answer without choices")
+        self._has_answered = True
         choice, told = answer.choices[0], answer.usage
         details = told.prompt_tokens_details if told else None
         answered = told.completion_tokens_details if told else None
@@ -117,6 +117,29 @@ class HttpEngine:
             (answered.reasoning_tokens or 0) if answered else 0,
         )
 
+    async def _is_there(self) -> bool:
+        """Whether the server lets us in."""
+        client = self._client.with_options(timeout=PROBE_TIMEOUT_S, max_retries=PROBE_RETRIES)
+        try:
+            await client.models.list()
+        except openai.OpenAIError:
+            return False
+        return True
+
+    def _gone(self, error: openai.OpenAIError) -> EngineError:
+        """The server is away, or refuses us: no row's fault, and true of all rows to come."""
+        return EngineError(
+            f"{self._model.base_url}: {type(error).__name__} after {self._options.max_retries} "
+            "retries",
+            "Mend the server or the key; then the same command goes on where it stopped.",
+        )
+
+
+def _refusal(error: openai.APIStatusError) -> RowRejected:
+    too_long = error.code == "context_length_exceeded" or "context length" in str(error)
+    code = "too_long" if too_long else "bad_request"
+    return RowRejected(f"{code}: {' '.join(error.message.split())[:200]}")
+
 
 def _options(model: ModelConfig) -> HttpOptions:
     return parse_section(HttpOptions, model.engine, "job file", "model.engine.")
@@ -132,8 +155,8 @@ def check_server(model: ModelConfig) -> int | None:
     client = openai.OpenAI(
         base_url=model.base_url,
         api_key=os.environ.get(model.api_key_env) or "none",
-        timeout=20,
-        max_retries=2,
+        timeout=PROBE_TIMEOUT_S,
+        max_retries=PROBE_RETRIES,
     )
     try:
         served = {entry.id: entry for entry in client.models.list()}

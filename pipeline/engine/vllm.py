@@ -62,6 +62,7 @@ class VllmEngine:
         self.max_num_seqs = model.max_num_seqs
         self._dead = EngineDeadError
         self._args = _serve_args(model)
+        self._name = (self._args.served_model_name or [self._args.model])[0]
         try:
             self._llm = AsyncLLM.from_engine_args(_engine_args(self._args))
         except ValidationError as error:  # a ValueError too, so it comes first
@@ -90,7 +91,7 @@ class VllmEngine:
         from vllm.exceptions import VLLMClientError, VLLMServerError
 
         serving = self._serving or await self._start_serving()
-        request = _request({**body, "model": self._args.model})
+        request = _request({**body, "model": self._name})
         try:
             response = await self._unless_silent(serving.create_chat_completion(request))
         except self._dead as error:
