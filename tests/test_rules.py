@@ -63,7 +63,7 @@ LAYERS = [
     },
     {"pipeline.shards", "pipeline.model", "pipeline.engine", "jobs"},
     {"pipeline.plan", "pipeline.generate", "pipeline.schedule", "pipeline.repeats"},
-    {"pipeline.lanes"},
+    {"pipeline.lanes", "pipeline.retry"},
     {"pipeline.worker", "pipeline.source", "pipeline.publishing", "pipeline.progress"},
     {"pipeline.cluster", "pipeline.status", "pipeline.forecast"},
     {"pipeline.report"},
