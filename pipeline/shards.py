@@ -17,7 +17,8 @@ from pipeline.config.data import InputConfig
 from pipeline.errors import InputError, RefusedError
 from pipeline.parquet import input_errors, open_parquet
 from pipeline.parts import result_fields
-from pipeline.staging import BUILDERS, STAGED, stage_dataset, stage_file, staged_name, suffix_of
+from pipeline.plain_files import KINDS
+from pipeline.staging import STAGED, stage_dataset, stage_file, staged_name, suffix_of
 from pipeline.storage import Entry, Folder, absolute_url, find_files
 from pipeline.task import Task
 
@@ -124,7 +125,7 @@ def _parquet_files(config: InputConfig, output: Folder) -> list[_InputFile]:
             origin = f"{source.url}/{entry.path}"
             if config.format == FORMAT:
                 add(staged_name(entry.path), output, stage_requests(source, entry, output), origin)
-            elif suffix_of(entry.path) in BUILDERS:
+            elif suffix_of(entry.path) in KINDS:
                 add(staged_name(entry.path), output, stage_file(source, entry, output), origin)
             elif suffix_of(entry.path) in (".parquet", ".pq") or len(entries) == 1:
                 add(entry.path, source, entry, origin)

@@ -1,4 +1,4 @@
-"""Inputs that are not Parquet, staged to Parquet once, by the `datasets` library.
+"""Inputs that are not Parquet, staged to Parquet once.
 
     <output>/_axbatch/staged/<version>/<name>.parquet      one per source file, or one per dataset
 
@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
+import re
 import tempfile
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.data import InputConfig
-from pipeline.errors import AxbatchError, InputError
-from pipeline.storage import Entry, Folder
+from pipeline.errors import InputError, JobFileError, NoSuchFileError
+from pipeline.parquet import parquet_writer
+from pipeline.plain_files import KINDS, convert
+from pipeline.storage import Entry, Folder, absolute_url, storage_errors
 
 STAGED = "_axbatch/staged"
 SOURCE_KEY = b"axbatch_source"
-BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".txt": "text"}
-"""File suffix -> the builder of `datasets` that reads it."""
 
 
 def suffix_of(path: str) -> str:
@@ -38,59 +39,61 @@ def staged_name(path: str) -> str:
     return posixpath.splitext(path)[0] + ".parquet"
 
 
-def stage_file(source: Folder, entry: Entry, output: Folder) -> Entry:
-    """Stage one JSONL, CSV or text file. Returns the staged file's entry, below `output`, with
-    the source's tag. Raises InputError if `datasets` can't read the file."""
-    url = f"{source.url}/{entry.path}"
-    target = f"{STAGED}/{short_hash(entry.fingerprint)}/{staged_name(entry.path)}"
-
-    def load(cache: str) -> Any:
-        import datasets
-
-        builder = BUILDERS[suffix_of(entry.path)]
-        # `datasets` takes a name with brackets or stars for a pattern; this one has none.
-        copy = Path(cache) / f"source{suffix_of(entry.path)}"
-        with source.open(entry.path) as original, copy.open("wb") as plain:
-            while piece := original.read(16 << 20):
-                plain.write(piece)
-        # Words such as NA and None are text to translate, not missing values.
-        options = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
-        return datasets.load_dataset(
-            builder, data_files=str(copy), split="train", cache_dir=cache, **options
-        )
-
-    return _stage(output, target, url, entry.fingerprint, load)
-
-
-def stage_dataset(config: InputConfig, output: Folder) -> Entry:
-    """Stage a `datasets` id or dataset folder. Raises InputError if it can't be loaded."""
-    assert config.dataset is not None
-    name = config.dataset.rstrip("/").rpartition("/")[2]
-    # A dataset has no size or time to go by; its full name tells it from others of this one.
-    tag = short_hash(repr((config.dataset, config.subset, config.split)))
-    target = f"{STAGED}/{tag}/{name}-{config.split}.parquet"
-
-    def load(cache: str) -> Any:
-        import datasets
-
-        return datasets.load_dataset(
-            config.dataset, config.subset, split=config.split, cache_dir=cache
-        )
-
-    return _stage(output, target, f"dataset {config.dataset}", f"0:{tag}", load)
-
-
 def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _stage(
-    output: Folder, target: str, what: str, fingerprint: str, load: Callable[[str], Any]
-) -> Entry:
-    def write(cache: str, path: Path) -> None:
-        _write_parquet(load, cache, path, what, fingerprint)
+def stage_file(source: Folder, entry: Entry, output: Folder) -> Entry:
+    """Stage one JSON, CSV or text file. Returns the staged file's entry, below `output`, with the
+    source's tag. Memory: a row group, or the longest row.
 
-    return stage_once(output, target, fingerprint, write)
+    Raises InputError if the file can't be read, or holds what Parquet has no type for.
+    """
+    url = f"{source.url}/{entry.path}"
+    target = f"{STAGED}/{short_hash(entry.fingerprint)}/{staged_name(entry.path)}"
+
+    def write(cache: str, path: Path) -> None:
+        copy = Path(cache) / "source"  # it is read twice
+        with copy.open("wb") as plain:
+            plain.writelines(_pieces(source, entry.path))
+        origin = {SOURCE_KEY: entry.fingerprint.encode()}
+        convert(copy, KINDS[suffix_of(entry.path)], url, path, origin)
+
+    return stage_once(output, target, entry.fingerprint, write)
+
+
+def stage_dataset(config: InputConfig, output: Folder) -> Entry:
+    """Stage a `datasets` id or a dataset folder. Raises InputError if it can't be loaded."""
+    assert config.dataset is not None
+    folder = absolute_url(config.dataset)
+    is_local = Path(folder).is_dir()
+    if is_local and output.is_local and _is_below(output.url, folder):
+        raise InputError(
+            f"output.path {output.url} lies inside the dataset folder {folder}",
+            "The next run would read its own output; put `output.path` beside the folder.",
+        )
+    place = folder if is_local else config.dataset
+    # A hub's dataset has no size or time to go by; its full name tells it from others of this one.
+    tag = short_hash(
+        repr((place, config.subset, config.split, *([_files_of(folder)] if is_local else [])))
+    )
+    name = place.rstrip("/").rpartition("/")[2]
+    target = f"{STAGED}/{tag}/{name}-{config.split}.parquet"
+
+    def write(cache: str, path: Path) -> None:
+        _write_dataset(config, place, cache, path, f"0:{tag}")
+
+    return stage_once(output, target, f"0:{tag}", write)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
+def _files_of(folder: str) -> list[tuple[str, int, str]]:
+    """Path, size and time of all files but hidden ones, which `datasets` doesn't read either."""
+    entries = Folder(folder).list()
+    return [(e.path, e.size, e.tag) for e in entries if "/." not in f"/{e.path}"]
 
 
 def stage_once(
@@ -98,10 +101,16 @@ def stage_once(
 ) -> Entry:
     """The staged file `target` below `output`. If it isn't there yet, or was made from something
     else, `write` makes it first, given a temporary folder and a path in it: a Parquet file with
-    `fingerprint` under SOURCE_KEY in its footer."""
+    `fingerprint` under SOURCE_KEY in its footer.
+
+    Raises StorageError if the disk is full, here or below `output`.
+    """
     staged = _staged_entry(output, target)
     if staged is None or staged.fingerprint != fingerprint:
-        with tempfile.TemporaryDirectory(prefix="axbatch-staging-") as cache:
+        with (
+            storage_errors(f"{tempfile.gettempdir()} (where {target} is made)"),
+            tempfile.TemporaryDirectory(prefix="axbatch-staging-") as cache,
+        ):
             local = Path(cache) / "staged.parquet"
             write(cache, local)
             with local.open("rb") as file, output.replacing(target) as sink:
@@ -122,26 +131,80 @@ def _staged_entry(output: Folder, target: str) -> Entry | None:
     return Entry(target, int(size), tag)
 
 
-def _write_parquet(
-    load: Callable[[str], Any], cache: str, path: Path, what: str, fingerprint: str
-) -> None:
-    from datasets.exceptions import DatasetGenerationError
-
+def _pieces(source: Folder, path: str) -> Iterator[bytes]:
+    url = f"{source.url}/{path}"
     try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # progress bars
-            dataset = load(cache)
-    except AxbatchError:
-        raise
-    except StopIteration as error:
-        raise InputError(f"{what}: is empty", "Remove it, or narrow `input.path`.") from error
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        cause = error.__cause__ or error
-        text = " ".join(str(cause).split())[:200]
-        raise InputError(
-            f"{what}: `datasets` cannot read it: {text}", "Mend the file or the name."
-        ) from error
+        with storage_errors(url), source.open(path) as file:
+            while piece := file.read(16 << 20):
+                yield piece
+    except FileNotFoundError as error:
+        raise NoSuchFileError(f"{url}: no such file") from error
+
+
+def _write_dataset(
+    config: InputConfig, place: str, cache: str, path: Path, fingerprint: str
+) -> None:
+    what = f"dataset {config.dataset}"
+    with _dataset_errors(what):
+        import datasets
+
+        builder = datasets.load_dataset_builder(place, config.subset, cache_dir=cache)
+        if hasattr(builder.config, "on_mixed_types"):
+            # By default one number among the texts makes JSON, quotes and all, of every text.
+            builder.config.on_mixed_types = None
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=config.split)
     schema = dataset.data.schema.remove_metadata()
-    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+    with path.open("wb") as sink, parquet_writer(sink, schema) as writer:
         for batch in dataset.with_format("arrow").iter(batch_size=10_000):
             writer.write_table(batch.cast(schema))
         writer.add_key_value_metadata({SOURCE_KEY: fingerprint.encode()})
+
+
+@contextmanager
+def _dataset_errors(what: str) -> Iterator[None]:
+    """Turn what `datasets` raises into errors that say what to do, and quote no row."""
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
+
+    try:
+        with (
+            storage_errors(what),
+            redirect_stdout(StringIO()),  # progress bars
+            redirect_stderr(StringIO()),
+        ):
+            yield
+    except (DatasetGenerationError, pa.ArrowException) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno is not None:
+            with storage_errors(what):
+                raise cause from error
+        raise InputError(
+            f"{what}: `datasets` cannot read its rows: {_without_rows(cause)}",
+            "Mend its files, or convert them to Parquet and name those in `input.path`. `-v` shows "
+            "the whole error, which may quote a row.",
+        ) from error
+    except (DatasetsError, FileNotFoundError, ValueError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{what}: `datasets` cannot load it: {text or type(error).__name__}",
+            "Check `input.dataset`, `input.subset` and `input.split`, and the dataset's card.",
+        ) from error
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise JobFileError(
+            f"{what}: is made by a script, and `datasets` runs none",
+            "Name one that consists of files, or convert it to Parquet and name that in "
+            "`input.path`.",
+        ) from error
+
+
+def _without_rows(error: BaseException) -> str:
+    """What is wrong, without the text of a row, which most messages quote."""
+    from datasets.table import CastError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, CastError):  # names columns and their types
+        return text[:200]
+    changed = re.search(r"Column\(.*\) changed from \w+ to \w+", text)
+    return changed.group() if changed else type(error).__name__

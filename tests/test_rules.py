@@ -48,6 +48,7 @@ LAYERS = [
         "pipeline.s3",
         "pipeline.parquet",
         "pipeline.receipt",
+        "pipeline.plain_files",
     },
     {
         "pipeline.parts",
