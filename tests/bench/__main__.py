@@ -7,43 +7,46 @@ Prints a table and writes out/bench/bench.json and bench.svg. The model is the e
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
-import platform
+import re
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from tests.bench import plumbing, resume, scheduling
-from tests.bench.contestants import CONTESTANTS, ENVIRONMENT
+from tests.bench.contestants import CONTESTANTS, ENVIRONMENT, ROWS, Took, took
 from tests.bench.plot import bars
-from tests.bench.workloads import LENGTHS, WORKLOADS, requests, write
+from tests.bench.workloads import LENGTHS, WORKLOADS, Body, requests
 
 OUT = Path("out/bench")
 REPEATS = 5
-ROWS = 512
-"""Of a whole command."""
 PAIR_ROWS, LOG_NORMAL_ROWS = 112, 256
 """More of the workload that the goal is about: the end of a run, when the engine is no longer full,
 is the smaller a part."""
-TIMEOUT_S = 600
 
 console = Console(width=110)
 Rows = Iterable[tuple[str, ...]]
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """Median and range."""
-    return f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})"
+    median, low, high = (
+        f"{each:,.{digits}f}" for each in (statistics.median(values), min(values), max(values))
+    )
+    return f"{median} ({low} to {high})"
+
+
+def ratios(one: Sequence[float], other: Sequence[float]) -> str:
+    """Of the pairs of two that were measured in turn."""
+    return spread([a / b for a, b in zip(one, other, strict=True)], digits=2)
 
 
 def show(title: str, head: tuple[str, ...], rows: Rows) -> None:
@@ -53,56 +56,34 @@ def show(title: str, head: tuple[str, ...], rows: Rows) -> None:
     console.print(table)
 
 
-class Took(NamedTuple):
-    """Seconds of a whole command."""
-
-    running: float
-    """From the first request to the last answer."""
-    starting: float
-
-
-def took(name: str, rows: int) -> Took:
-    with tempfile.TemporaryDirectory(prefix="axbatch-bench-") as folder:
-        write(Path(folder), requests("log-normal", rows))
-        with (OUT / "engines.log").open("a") as log:
-            began = time.monotonic()
-            subprocess.run(
-                [sys.executable, "-m", "tests.bench.contestants", name, folder],
-                stdout=log, stderr=log, check=True, timeout=TIMEOUT_S,
-            )  # fmt: skip
-            whole = time.monotonic() - began
-        running = float((Path(folder) / "seconds").read_text())
-    return Took(running, whole - running)
-
-
 def engines() -> dict[str, Any]:
     """Whole commands, each in turn; the rate from the first request to the last answer."""
     found: dict[str, list[Took]] = {name: [] for name in CONTESTANTS}
     for repeat in range(REPEATS):
-        for name in CONTESTANTS:
-            found[name].append(took(name, ROWS))
-            last = found[name][-1]
-            seconds = f"{last.starting:.1f} + {last.running:.1f} s"
+        for name, contestant in CONTESTANTS.items():
+            last = took(contestant)
+            found[name].append(last)
+            seconds = f"{last.rest:.1f} + {last.running:.1f} s"
             console.print(f"[dim]{repeat + 1}/{REPEATS} {name}: {seconds}[/]")
     running = {name: [each.running for each in runs] for name, runs in found.items()}
-    starting = {name: [each.starting for each in runs] for name, runs in found.items()}
+    rest = {name: [each.rest for each in runs] for name, runs in found.items()}
     rates = {name: [ROWS / seconds for seconds in all_s] for name, all_s in running.items()}
     show(
         f"Whole commands, {ROWS} log-normal answers",
-        ("", "rows/s", "of the bare engine", "axbatch's is so many times", "start, s"),
+        ("", "rows/s", "of the bare engine", "axbatch's is so many times", "start and end, s"),
         (
             (
                 name,
                 spread(rates[name]),
-                f"{ratio_of(running['bare engine'], running[name]):.2f}",
-                f"{ratio_of(running[name], running['axbatch']):.2f}",
-                spread(starting[name]),
+                ratios(running["bare engine"], running[name]),
+                ratios(running[name], running["axbatch"]),
+                spread(rest[name]),
             )
             for name in CONTESTANTS
         ),
     )
     bars(OUT / "bench.svg", f"Whole commands, {ROWS} log-normal answers", rates, "rows/s")
-    return {"running_s": running, "starting_s": starting}
+    return {"running_s": running, "rest_s": rest}
 
 
 def pairs() -> dict[str, Any]:
@@ -111,23 +92,39 @@ def pairs() -> dict[str, Any]:
 
     engine = OneEngine()
 
+    computed: list[int] = []
+    """Tokens."""
+
+    async def axbatch(bodies: list[Body]) -> float:
+        seconds, usage = await engine.axbatch(bodies)
+        computed.append(usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens)
+        return seconds
+
+    several: dict[str, Callable[[list[Body]], Awaitable[float]]] = {
+        "bare": engine.bare,
+        "run_batch": engine.run_batch,
+        "axbatch": axbatch,
+    }
+
     async def measure() -> dict[str, Any]:
         found = {}
+        for answer in several.values():  # what is slow the first time
+            await answer(requests("uniform short", PAIR_ROWS))
         for name in WORKLOADS:
             if name == "real lengths" and not LENGTHS.exists():
+                console.print(f"real lengths: left out, there is no {LENGTHS}")
                 continue
             bodies = requests(name, LOG_NORMAL_ROWS if name == "log-normal" else PAIR_ROWS)
-            seconds: dict[str, list[float]] = {"bare": [], "run_batch": [], "axbatch": []}
-            for _ in range(REPEATS):
-                seconds["bare"].append(await engine.bare(bodies))
-                seconds["run_batch"].append(await engine.run_batch(bodies))
-                took, usage = await engine.axbatch(bodies)
-                seconds["axbatch"].append(took)
-            computed = usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens
+            seconds: dict[str, list[float]] = {who: [] for who in several}
+            computed.clear()
+            for first in range(REPEATS):
+                for turn in range(len(several)):  # each begins in its turn
+                    who = [*several][(first + turn) % len(several)]
+                    seconds[who].append(await several[who](bodies))
             found[name] = {
                 "rows": len(bodies),
                 "seconds": seconds,
-                "tokens": computed / engine.least_tokens(bodies),
+                "tokens": max(computed) / engine.least_tokens(bodies),
             }
         return found
 
@@ -135,10 +132,6 @@ def pairs() -> dict[str, Any]:
         found = asyncio.run(measure())
     finally:
         engine.close()
-
-    def ratio(seconds: dict[str, list[float]], name: str) -> str:
-        return f"{ratio_of(seconds['bare'], seconds[name]):.2f}"
-
     show(
         "On one engine; rows/s as a share of the bare engine's, in pairs",
         ("", "rows", "bare, rows/s", "run_batch", "axbatch", "tokens computed / least"),
@@ -147,8 +140,8 @@ def pairs() -> dict[str, Any]:
                 name,
                 f"{one['rows']}",
                 spread([one["rows"] / each for each in one["seconds"]["bare"]]),
-                ratio(one["seconds"], "run_batch"),
-                ratio(one["seconds"], "axbatch"),
+                ratios(one["seconds"]["bare"], one["seconds"]["run_batch"]),
+                ratios(one["seconds"]["bare"], one["seconds"]["axbatch"]),
                 f"{one['tokens']:.3f}",
             )
             for name, one in found.items()
@@ -157,16 +150,11 @@ def pairs() -> dict[str, Any]:
     return found
 
 
-def ratio_of(bare: list[float], other: list[float]) -> float:
-    """Median of the pairs' ratios."""
-    return statistics.median(a / b for a, b in zip(bare, other, strict=True))
-
-
 def copying() -> dict[str, Any]:
     found = plumbing.rates()
     size = found["bytes_per_row"]
     show(
-        f"Plumbing alone (echo, two replicas), rows of {size:.0f} bytes, slope",
+        f"Plumbing alone (echo, two replicas), rows of {size:.0f} bytes, without starts",
         ("", "rows/s", "MB/s"),
         (
             (name, spread(values), f"{statistics.median(values) * size / 1e6:,.1f}")
@@ -195,10 +183,10 @@ def shares() -> list[dict[str, float]]:
     found = scheduling.shares()
     show(
         f"Share of the time that a cluster computes, {scheduling.ROWS_PER_SLOT} rows per slot",
-        ("replicas", "slots", "rows per unit", "lengths known", "unknown"),
+        ("replicas", "slots", "rows per unit", "longest first", "as they come"),
         (
             (f"{one['replicas']}", f"{one['slots']}", f"{one['rows_per_unit']}",
-             f"{one['known']:.3f}", f"{one['unknown']:.3f}")
+             f"{one['longest_first']:.3f}", f"{one['as_they_come']:.3f}")
             for one in found
         ),
     )  # fmt: skip
@@ -225,18 +213,30 @@ SECTIONS: dict[str, Callable[[], Any]] = {
 }
 
 
+def cpu() -> str:
+    named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    return named[1] if named else "unknown"
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    chosen = parser.parse_args().sections or [*SECTIONS]
+    if unknown := {*chosen} - {*SECTIONS}:
+        parser.error(
+            f"no such section: {', '.join(sorted(unknown))} (there are {', '.join(SECTIONS)})"
+        )
     os.environ |= ENVIRONMENT
     OUT.mkdir(parents=True, exist_ok=True)
-    chosen = sys.argv[1:] or [*SECTIONS]
-    machine = {"cores": len(os.sched_getaffinity(0)), "cpu": platform.processor()}
-    found: dict[str, Any] = {"machine": machine}
+    file = OUT / "bench.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found["machine"] = {"cores": len(os.sched_getaffinity(0)), "cpu": cpu()}
     began = time.monotonic()
     for name in chosen:
         found[name] = SECTIONS[name]()
-        (OUT / "bench.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
         console.print(f"[dim]{name}: {time.monotonic() - began:.0f} s from the begin[/]")
-    console.print(f"Figures in {OUT}/bench.json")
+    console.print(f"Figures in {file}")
 
 
 if __name__ == "__main__":

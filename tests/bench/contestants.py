@@ -1,25 +1,27 @@
 """Who is measured: each answers all requests of a folder (see workloads.write), in a process of
-its own, with the same model and engine options.
+its own, with the same model, engine options and cores.
 
-    python -m tests.bench.contestants NAME FOLDER
-
-FOLDER/seconds then says how long this took, from the first request's arrival at the engine to the
-last answer on disk (the bare engine: in memory), so that no start is in it.
+Their seconds are from the first request's arrival at the engine to the last answer on disk (of the
+bare engine: in memory; of axbatch: in a part), so that no start is in them.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import pyarrow.parquet as pq
 
 from pipeline.model import DEMO_MODEL
-from tests.bench.workloads import Body
+from tests.bench.workloads import Body, requests, write
 from tests.runs import Job
 
 ENGINE: dict[str, Any] = {
@@ -35,6 +37,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TQDM_DISABLE": "1",
+    # All cores, as axbatch has it; left alone, vLLM keeps one of them for its scheduler.
+    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
 }
 BEST_RAY_DATA: dict[str, Any] = {
     "batch_size": 64,
@@ -43,6 +47,10 @@ BEST_RAY_DATA: dict[str, Any] = {
     "detokenize_stage": False,
 }
 """The fastest of those that `python -m tests.bench.sweep` tries."""
+ROWS = 400
+"""Of a whole command."""
+TIMEOUT_S = 600
+LOG = Path("out/bench/contestants.log")
 
 
 def bodies_in(folder: Path) -> list[Body]:
@@ -110,13 +118,58 @@ def axbatch(folder: Path) -> float:
     return float(summary["seconds"])
 
 
-CONTESTANTS: dict[str, Callable[[Path], float]] = {
-    "bare engine": bare_engine,
-    "ray.data.llm": ray_data,
-    "ray.data.llm, best": lambda folder: ray_data(folder, **BEST_RAY_DATA),
-    "axbatch": axbatch,
+class Contestant(NamedTuple):
+    answer: Callable[..., float]
+    """Answers what is in a folder; the seconds."""
+    settings: dict[str, Any]
+
+
+CONTESTANTS = {
+    "bare engine": Contestant(bare_engine, {}),
+    "ray.data.llm": Contestant(ray_data, {}),
+    "ray.data.llm, best": Contestant(ray_data, BEST_RAY_DATA),
+    "axbatch": Contestant(axbatch, {}),
 }
 
+
+class Took(NamedTuple):
+    """Seconds of a whole command."""
+
+    running: float
+    rest: float
+    """Start and end."""
+
+
+def took(contestant: Contestant) -> Took:
+    """For ROWS log-normal answers. Its output goes to LOG. Raises CalledProcessError or
+    TimeoutExpired."""
+    answer, settings = contestant
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="axbatch-bench-") as folder, LOG.open("a") as log:
+        write(Path(folder), requests("log-normal", ROWS))
+        command = [
+            sys.executable, "-m", "tests.bench.contestants",
+            answer.__name__, folder, json.dumps(settings),
+        ]  # fmt: skip
+        began = time.monotonic()
+        with subprocess.Popen(command, stdout=log, stderr=log, env=env | ENVIRONMENT) as process:
+            try:
+                status = process.wait(TIMEOUT_S)
+            finally:
+                if process.poll() is None:
+                    family = psutil.Process(process.pid)
+                    for each in [*family.children(recursive=True), family]:
+                        each.kill()
+        whole = time.monotonic() - began
+        if status:
+            raise subprocess.CalledProcessError(status, command)
+        running = float((Path(folder) / "seconds").read_text())
+    return Took(running, whole - running)
+
+
 if __name__ == "__main__":
-    name, folder = sys.argv[1], Path(sys.argv[2])
-    (folder / "seconds").write_text(str(CONTESTANTS[name](folder)))
+    name, given, settings = sys.argv[1:]
+    answers = {each.answer.__name__: each.answer for each in CONTESTANTS.values()}
+    seconds = answers[name](Path(given), **json.loads(settings))
+    Path(given, "seconds").write_text(str(seconds))

@@ -1,7 +1,7 @@
-"""Bare engine, vLLM's run_batch and axbatch's worker in turn on one engine: pairs without noise.
+"""Bare engine, vLLM's run_batch and axbatch's worker in turn on one engine.
 
-Beside each other in one process, on one event loop, with the prefix cache emptied before each. What
-Ray adds is not in it; whole commands are compared in `contestants`.
+In one process, on one event loop, with the prefix cache emptied before each. What Ray adds is not
+in it; whole commands are compared in `contestants`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ from tests.conftest import make_plan_of
 
 class OneEngine:
     def __init__(self) -> None:
-        began = time.monotonic()
         self._engine = VllmEngine(ModelConfig(id=str(DEMO_MODEL), engine=ENGINE), cpus=2)
-        self.start_s = time.monotonic() - began
 
     async def bare(self, bodies: Sequence[Body]) -> float:
         """Seconds for all of them, asked at once as token ids; nothing is written."""
@@ -45,7 +43,7 @@ class OneEngine:
 
         llm = self._engine._llm
         prompts = [self.token_ids(each) for each in bodies]
-        await llm.reset_prefix_cache()
+        await self._forget()
 
         async def ask(prompt: list[int], tokens: int) -> None:
             params = SamplingParams(
@@ -69,7 +67,7 @@ class OneEngine:
         from vllm.entrypoints.launchers.run_batch import run_batch
 
         await self._engine._start_serving()
-        await self._engine._llm.reset_prefix_cache()
+        await self._forget()
         with tempfile.TemporaryDirectory() as name:
             write(Path(name), bodies)
             args = self._engine._args
@@ -112,7 +110,7 @@ class OneEngine:
                     shard.shard.source, shard.shard.path, ["body"], shard.units()
                 )
             )
-            await self._engine._llm.reset_prefix_cache()
+            await self._forget()
             before = self._engine.meter.read().usage
             began = time.monotonic()
 
@@ -132,6 +130,9 @@ class OneEngine:
             after.cached_tokens - before.cached_tokens,
             after.completion_tokens - before.completion_tokens,
         )
+
+    async def _forget(self) -> None:
+        assert await self._engine._llm.reset_prefix_cache(), "blocks are still in use"
 
     def token_ids(self, body: Body) -> list[int]:
         ids: list[int] = self._engine._llm.renderer.tokenizer.apply_chat_template(

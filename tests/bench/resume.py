@@ -15,17 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline.accounting import Usage
 from pipeline.merging import publish
-from pipeline.parts import Stamp, result_fields
+from pipeline.parts import Stamp, commit_part, result_fields, result_table
 from pipeline.plan import Plan
-from pipeline.records import Counts, Output, Unit
+from pipeline.records import Counts, Output
 from pipeline.storage import Folder
-from tests.conftest import commit_unit, make_job, make_plan_of, write_table
+from tests.conftest import make_job, make_plan_of, write_table
 from tests.runs import Job
 
 TIMES = 5
@@ -35,19 +36,19 @@ def make_done(folder: Path, files: int, rows: int) -> Job:
     """A job whose files are all published."""
     job = Job(folder, model={"id": "echo", "backend": "echo"})
     texts = [f"row {row}" for row in range(rows)]
-    for number in range(files):
-        write_table(folder / f"in/{number:05}.parquet", {"en": texts})
+    first = write_table(folder / "in/00000.parquet", {"en": texts})
+    for number in range(1, files):
+        (folder / f"in/{number:05}.parquet").hardlink_to(first)
     config = make_job(folder, task={"text": "en"}, input={"path": str(folder / "in")})
     plan: Plan = make_plan_of(config)
-    output, outputs = (
-        Folder(config.output.path),
-        [Output(text, usage=Usage(1, 2, 0, 2)) for text in texts],
-    )
+    output = Folder(config.output.path)
+    outputs = [Output(text, usage=Usage(1, 2, 0, 2)) for text in texts]
+    results, counts = result_table(outputs, "ko", pa.string()), Counts()
+    counts.count(*outputs)
     for planned in plan.shards:
         shard = planned.shard
-        unit = Unit(planned.key, 0, rows)
-        commit_unit(output, unit, plan.identity, shard.fingerprint, outputs)
         stamp = Stamp(plan.identity, shard.name, shard.fingerprint, 0, rows, Counts(), "made")
+        commit_part(output, replace(stamp, shard=planned.key, counts=counts), results)
         publish(
             shard.source, shard.path, output, stamp, planned.key,
             result_fields("ko", pa.string()), shard.check_unchanged,

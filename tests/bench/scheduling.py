@@ -1,17 +1,18 @@
 """How much of its time a cluster computes: replicas in virtual time, with the real schedule.
 
-    python -m tests.bench.scheduling
+    python -m tests.bench scheduling
 
 Each replica has as many slots as its engine computes requests at once; a request takes as long as
 its answer. Units of rows go to the replicas as Ray hands them out: each holds as many as
-`units_in_flight` says, and gets the next when one is done. Nothing else takes time.
+`units_to_hold` says, and gets the next when one is done. A commit takes a little; nothing else
+takes time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pipeline.cluster import units_to_hold
 from pipeline.schedule import Schedule
@@ -24,11 +25,10 @@ COMMIT_S = 0.05
 
 
 class Replica:
-    def __init__(self, slots: int, longest_first: bool, known: Callable[[int], int]) -> None:
+    def __init__(self, slots: int, longest_first: bool) -> None:
         self.slots = slots
         self._schedule = Schedule(slots, longest_first)
         self._free = asyncio.Semaphore(slots)
-        self._known = known
         self.ended = 0.0
 
     async def do(self, unit: Sequence[int]) -> None:
@@ -37,7 +37,7 @@ class Replica:
         await asyncio.sleep(COMMIT_S)
 
     async def _row(self, tokens: int) -> None:
-        await self._schedule.request(self._known(tokens))
+        await self._schedule.request(tokens)
         async with self._free:
             await asyncio.sleep(tokens * SECONDS_PER_TOKEN)  # virtual
         self.ended = asyncio.get_running_loop().time()
@@ -50,18 +50,16 @@ def simulate(
     replicas: int,
     slots: int,
     longest_first: bool = True,
-    known: Callable[[int], int] = lambda tokens: tokens,
     rows_per_unit: int = ROWS_PER_UNIT,
 ) -> float:
     """The share of the cluster's time that is not lost: the least that it could take (all slots
-    busy all the time, or as long as the longest row), by what it takes. `known` is what can be told
-    of an answer's length beforehand."""
+    busy all the time, or as long as the longest row), by what it takes."""
     units = [lengths[i : i + rows_per_unit] for i in range(0, len(lengths), rows_per_unit)]
     held = units_to_hold(len(units), rows_per_unit, slots, replicas)
     left = iter(units)
 
     async def cluster() -> list[Replica]:
-        several = [Replica(slots, longest_first, known) for _ in range(replicas)]
+        several = [Replica(slots, longest_first) for _ in range(replicas)]
 
         async def hold(replica: Replica) -> None:
             for unit in left:
@@ -82,8 +80,8 @@ CLUSTERS = ((1, 64, 256), (1, 256, 256), (8, 64, 256), (8, 64, 64), (8, 256, 256
 
 
 def shares() -> list[dict[str, float]]:
-    """Of each cluster, with answers of 8 to 512 tokens, half of them under 40, whose lengths are
-    known beforehand, or not."""
+    """Of each cluster, with answers of 8 to 512 tokens, half of them under 40, the longest first
+    or as they come."""
     made = []
     for replicas, slots, unit in CLUSTERS:
         dice = random.Random(31)
@@ -92,9 +90,7 @@ def shares() -> list[dict[str, float]]:
             "replicas": replicas,
             "slots": slots,
             "rows_per_unit": unit,
-            "known": simulate(lengths, replicas, slots, rows_per_unit=unit),
-            "unknown": simulate(
-                lengths, replicas, slots, known=lambda _: 1, rows_per_unit=unit
-            ),
+            "longest_first": simulate(lengths, replicas, slots, True, unit),
+            "as_they_come": simulate(lengths, replicas, slots, False, unit),
         })  # fmt: skip
     return made

@@ -62,8 +62,8 @@ def real(dice: random.Random, rows: int) -> list[Body]:
     """Lengths in and out of A.X 3.1's published generations, scaled to the machine."""
     lines = LENGTHS.read_text(encoding="utf-8").splitlines()[1:]
     made = []
-    for line in dice.choices(lines, k=rows):
-        _, given, answered = line.split(",")
+    for _ in range(rows):
+        _, given, answered = dice.choice(lines).split(",")
         words = max(4, min(700, int(given) // REAL_SCALE))
         made.append(body(sentence(dice, words), max(1, min(512, int(answered) // REAL_SCALE))))
     return made
