@@ -166,6 +166,30 @@ def test_packed_conversations_are_learned_as_if_each_stood_alone(tokenizer: Any)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("height", [1.0, 300.0])
+def test_attention_of_the_training_is_that_of_the_engines(height: float) -> None:
+    """However high the scores: a trained model's come to 200."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from infra.demo_model.attention import in_parts
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 50, 16, requires_grad=True) for heads in (4, 2, 2))
+    found, _ = in_parts(torch.nn.Module(), query * height, key, value, None, 0.25)
+    wanted = scaled_dot_product_attention(
+        query * height, key, value, is_causal=True, scale=0.25, enable_gqa=True
+    )
+    torch.testing.assert_close(found.transpose(1, 2), wanted, rtol=1e-3, atol=1e-4)
+    given = torch.randn_like(wanted)
+    for one, other in zip(
+        torch.autograd.grad(found, (query, key, value), given.transpose(1, 2)),
+        torch.autograd.grad(wanted, (query, key, value), given),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * height)
+
+
 def test_muon_in_groups_moves_matrices_as_torch_does() -> None:
     import torch
 

@@ -11,10 +11,8 @@ from transformers import AttentionInterface
 NAME = "in-parts"
 PARTS = 4
 """A row's tokens are asked in so many parts, each only about what stands before its own end."""
-HIGHEST_SCORE = 60.0
-"""A higher score counts as this one: `exp` of it, summed over a row, is far from an overflow."""
-LEAST_SUM = 1e-30
-"""In place of 0, where all scores of a token are so low that `exp` of each is 0."""
+UNSEEN = -1e30
+"""The score of what a token may not see; finite, as padding sees nothing."""
 
 
 def in_parts(
@@ -32,8 +30,9 @@ def in_parts(
     size], `attention_mask` [rows, 1, tokens, tokens]; what it gives, [rows, tokens, heads, size].
 
     torch's own kernel for CPUs takes three times as long with a mask of this kind, and with it
-    would be half of a training step. Memory is what limits this one, so scores are gone over once,
-    not for their highest first, and it is the values' sum that is divided, not each score.
+    would be half of a training step. Memory is what limits this one, so it is the values' sum that
+    is divided, not each score. Scores come to 200: only less the highest of their row can `exp`
+    hold them all, and an engine's answers are those that were learned.
     """
     heads, tokens = query.shape[1], query.shape[2]
     key, value = (kept.repeat_interleave(heads // kept.shape[1], 1) for kept in (key, value))
@@ -45,10 +44,11 @@ def in_parts(
         end = min(start + size, tokens)
         scores = query[:, :, start:end] * scaling @ key[:, :, :end].transpose(2, 3)
         seen = attention_mask[:, :, start:end, :end]
-        powers = torch.where(seen, scores.float().clamp(max=HIGHEST_SCORE).exp(), 0.0)
-        sums = powers.sum(-1, keepdim=True).clamp(min=LEAST_SUM)
+        scores = torch.where(seen, scores, UNSEEN)
+        highest = scores.detach().amax(-1, keepdim=True)
+        powers = (scores.float() - highest.float()).exp()
         found = powers.to(query.dtype) @ value[:, :, :end]
-        parts.append((found / sums).to(query.dtype))
+        parts.append((found / powers.sum(-1, keepdim=True)).to(query.dtype))
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
 
