@@ -68,7 +68,7 @@ def is_template_file(template: Any) -> bool:
 def absolute_options(engine: dict[str, Any]) -> dict[str, Any]:
     """Engine options whose local paths mean the same from everywhere."""
     absolute = dict(engine)
-    for name in ("tokenizer", "hf_config_path"):
+    for name in ("tokenizer", "hf_config_path", "generation_config"):
         if isinstance(engine.get(name), str):
             absolute[name] = absolute_model_id(engine[name])
     template = engine.get("chat_template")

@@ -1,8 +1,8 @@
 """CSV, JSON and text files to Parquet: values as they are written, none guessed.
 
 CSV has text only; an empty cell is null. JSON's strings, numbers and booleans keep their kind, also
-where they look like dates. A column of several kinds is text: strings as they are, all else as
-JSON. So one odd row changes no other, and nothing that no type holds is lost.
+where they look like dates; a key that an object lacks is null. A column of several kinds is text:
+strings as they are, all else as JSON, numbers as Python writes them. So an odd row changes no text.
 
 Libraries guess here: a postcode becomes a number, a date loses its offset, and one number in a
 column makes JSON, quotes and all, of every text.
@@ -14,6 +14,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +37,9 @@ ROW_GROUP_ROWS = 16_384
 MAX_DEPTH = 20
 """Of arrays and objects within each other; deeper ones are kept as JSON text."""
 
+MAX_KEYS = 1_000
+"""Of an object, in all rows together; objects whose keys are data are kept as JSON text."""
+
 Fields = dict[str, Any]
 """A row: strings, or what JSON has."""
 
@@ -51,16 +55,10 @@ def convert(path: Path, kind: str, url: str, target: Path, metadata: dict[bytes,
 
     Raises InputError if the file, which is called `url`, can't be read.
     """
-    types: dict[str, pa.DataType] = {}
-    for chunk in _chunks(_rows(path, kind, url)):
-        for name in dict.fromkeys(chain.from_iterable(chunk)):
-            known = types.get(name, pa.null())
-            types[name] = _common(known, _type_of([row.get(name) for row in chunk])) or TEXT
-    if not types:
-        raise InputError(f"{url}: is empty", "Remove it, or narrow `input.path`.")
-    if kind == "csv":
-        types = dict.fromkeys(types, TEXT)  # also a column whose cells are all empty
     try:
+        types = _csv_types(path, url) if kind == "csv" else _types(_rows(path, kind, url))
+        if not types:
+            raise InputError(f"{url}: is empty", "Remove it, or narrow `input.path`.")
         schema = pa.schema([*types.items()])
         with target.open("wb") as sink, parquet_writer(sink, schema) as writer:
             for chunk in _chunks(_rows(path, kind, url)):
@@ -96,10 +94,20 @@ def _chunks(rows: Iterable[tuple[Fields, int]]) -> Iterator[list[Fields]]:
 # --- types -----------------------------------------------------------------------------------
 
 
+def _types(rows: Iterable[tuple[Fields, int]]) -> dict[str, pa.DataType]:
+    """Of all columns, in the order in which they appear."""
+    types: dict[str, pa.DataType] = {}
+    for chunk in _chunks(rows):
+        for name in dict.fromkeys(chain.from_iterable(chunk)):
+            known = types.get(name, pa.null())
+            types[name] = _common(known, _type_of([row.get(name) for row in chunk])) or TEXT
+    return types
+
+
 def _type_of(values: list[Any], depth: int = 0) -> pa.DataType | None:
-    """The Arrow type that holds these JSON values as they are; None if there is none: several
-    kinds, integers beyond int64, objects with other keys (their absence would become null), or
-    nested deeper than Arrow's readers may follow."""
+    """The Arrow type that holds these JSON values, a key that an object lacks being null; None if
+    there is none: several kinds, integers beyond int64, objects that have no key or too many of
+    them together, or nested deeper than Arrow's readers may follow."""
     values = [value for value in values if value is not None]
     kinds = {*map(type, values)}
     if not kinds:
@@ -110,11 +118,10 @@ def _type_of(values: list[Any], depth: int = 0) -> pa.DataType | None:
         inner = _type_of([*chain.from_iterable(values)], depth + 1)
         return pa.list_(inner) if inner is not None else None
     if kinds == {dict}:
-        keys = values[0].keys()
-        if not keys or any(value.keys() != keys for value in values):
+        keys = dict.fromkeys(chain.from_iterable(values))
+        if len(keys) > MAX_KEYS:
             return None
-        fields = {key: _type_of([value[key] for value in values], depth + 1) for key in keys}
-        return None if None in fields.values() else pa.struct([*fields.items()])
+        return _struct({key: _type_of([v.get(key) for v in values], depth + 1) for key in keys})
     if int in kinds and not all(-(1 << 63) <= v < 1 << 63 for v in values if type(v) is int):
         return None
     if kinds == {int, float}:
@@ -134,11 +141,17 @@ def _common(one: pa.DataType, other: pa.DataType | None) -> pa.DataType | None:
         inner = _common(one.value_type, other.value_type)
         return pa.list_(inner) if inner is not None else None
     if pa.types.is_struct(one) and pa.types.is_struct(other):
-        if {field.name for field in one} != {field.name for field in other}:
-            return None
-        fields = {field.name: _common(field.type, other.field(field.name).type) for field in one}
-        return None if None in fields.values() else pa.struct([*fields.items()])
+        fields: dict[str, pa.DataType | None] = {field.name: field.type for field in one}
+        for field in other:
+            fields[field.name] = _common(fields.get(field.name) or pa.null(), field.type)
+        return _struct(fields)
     return None
+
+
+def _struct(fields: dict[str, pa.DataType | None]) -> pa.DataType | None:
+    if not 0 < len(fields) <= MAX_KEYS or None in fields.values():
+        return None
+    return pa.struct([*fields.items()])
 
 
 def _array(values: list[Any], type_: pa.DataType) -> pa.Array:
@@ -168,15 +181,18 @@ def _rows(path: Path, kind: str, url: str) -> Iterator[tuple[Fields, int]]:
             raise InputError(f"{url}: is not UTF-8", "Write it anew as UTF-8.") from error
 
 
+def _csv_types(path: Path, url: str) -> dict[str, pa.DataType]:
+    """Text, all of them, by the header."""
+    with path.open(encoding="utf-8-sig", newline="") as file, _csv_errors(file, url) as reader:
+        return dict.fromkeys(_header(reader, url), TEXT)
+
+
 def _csv_rows(file: IO[str], url: str) -> Iterator[tuple[Fields, int]]:
     """Cells as they are written, None for an empty one and for those that a short row lacks. A
-    blank line is a row where there is one column, and nothing where there are more."""
-    csv.field_size_limit(MAX_VALUE_CHARACTERS)
-    reader = csv.reader(file, strict=True)
-    try:
-        names = [name or f"Unnamed: {i}" for i, name in enumerate(next(reader, []))]
-        if len(set(names)) < len(names):
-            raise InputError(f"{url}: has two columns of the same name", "Rename one of them.")
+    blank line between rows is a row where there is one column, and nothing where there are more."""
+    with _csv_errors(file, url) as reader:
+        names = _header(reader, url)
+        blank = 0
         for row in reader:
             if len(row) > len(names):
                 raise InputError(
@@ -184,14 +200,37 @@ def _csv_rows(file: IO[str], url: str) -> Iterator[tuple[Fields, int]]:
                     f"{len(names)}",
                     'Put text with commas in it into quotes: "a, b".',
                 )
-            if row or len(names) == 1:
-                cells = (cell or None for cell in row)
-                yield dict(zip_longest(names, cells)), sum(map(len, row))
+            if not row:
+                blank += len(names) == 1
+                continue
+            for _ in range(blank):
+                yield {names[0]: None}, 0
+            blank = 0
+            yield dict(zip_longest(names, (cell or None for cell in row))), sum(map(len, row))
+
+
+def _header(reader: Any, url: str) -> list[str]:
+    cells = next((row for row in reader if row), [])
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(cells)]
+    if len(set(names)) < len(names):
+        raise InputError(f"{url}: has two columns of the same name", "Rename one of them.")
+    return names
+
+
+@contextmanager
+def _csv_errors(file: IO[str], url: str) -> Iterator[Any]:
+    """A reader of the file, whose complaints become InputErrors."""
+    csv.field_size_limit(MAX_VALUE_CHARACTERS)
+    reader = csv.reader(file, strict=True)
+    try:
+        yield reader
     except csv.Error as error:
         raise InputError(
             f"{url}: line {reader.line_num:,}: not readable as CSV: {error}",
             'Quotes must be closed, and doubled within quotes: "a ""b"" c".',
         ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{url}: is not UTF-8", "Write it anew as UTF-8.") from error
 
 
 def _json_rows(reader: JsonReader) -> Iterator[tuple[Fields, int]]:

@@ -118,12 +118,12 @@ def _closed(schema: Any, refines: bool = False) -> Any:
     is_refined = bool({"type", "properties"} & schema.keys())
     for key in ("properties", "$defs", "definitions"):
         if key in closed:
-            closed[key] = {name: _closed(inner) for name, inner in closed[key].items()}
+            closed[key] = {name: _closed(inner, refines) for name, inner in closed[key].items()}
     for key in (*SEVERAL, "allOf"):
         if key in closed:
-            closed[key] = [_closed(inner, is_refined) for inner in closed[key]]
+            closed[key] = [_closed(inner, refines or is_refined) for inner in closed[key]]
     if "items" in closed:
-        closed["items"] = _closed(closed["items"])
+        closed["items"] = _closed(closed["items"], refines)
     if "properties" in closed and not refines:
         closed.setdefault("type", "object")
         closed.setdefault("additionalProperties", False)

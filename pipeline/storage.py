@@ -214,7 +214,7 @@ class LocalFiles(LocalFileSystem):  # type: ignore[misc]
     def info(self, path: Any, **options: Any) -> dict[str, Any]:
         info: dict[str, Any] = super().info(path, **options)
         if info["islink"] and isinstance(path, os.DirEntry):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # it leads to nothing, or to itself
                 target: dict[str, Any] = super().info(info["name"])
                 if target["type"] == "file":
                     return target
@@ -224,7 +224,9 @@ class LocalFiles(LocalFileSystem):  # type: ignore[misc]
         self, path: Any, maxdepth: Any = None, topdown: bool = True, *_: Any, **options: Any
     ) -> Any:
         def stop(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError):  # removed meanwhile
+            name = posixpath.basename(str(error.filename or ""))
+            is_gone = isinstance(error, FileNotFoundError)  # removed meanwhile
+            if not (is_gone or name.startswith(".") or name == "lost+found"):  # of a disk's root
                 raise error
 
         return super().walk(path, maxdepth, topdown, stop, **options)

@@ -130,7 +130,7 @@ def with_absolute_paths(job: JobConfig) -> JobConfig:
     """The same job from any working directory. Local paths must be shared with the cluster."""
     paths = [absolute_url(path) for path in job.input.paths]
     dataset = job.input.dataset
-    if dataset is not None and Path(dataset).is_dir():
+    if dataset is not None and Path(absolute_url(dataset)).is_dir():
         dataset = absolute_url(dataset)
     model, accounting = job.model, job.accounting
     yarn = model.yarn.model_copy(update={"engine": absolute_options(model.yarn.engine)})

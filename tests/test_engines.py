@@ -235,22 +235,26 @@ async def test_http_server_that_is_gone_ends_the_job_and_marks_no_row(
 
 
 @pytest.mark.parametrize("status", [403, 404])
-async def test_http_rejects_a_row_that_something_before_the_server_refuses(
+async def test_http_row_fails_where_something_before_the_server_refuses_it(
     server: OpenAIServer, engine: Callable[..., HttpEngine], status: int
 ) -> None:
-    """Even the first of all, as the server lets us in; a server that does not ends the job."""
+    """The server lets us in, and has the model. Else the job ends."""
     started = engine(max_retries=0)
+    refusals: list[Reply] = [error(403, "who are you?"), (200, {"object": "list", "data": [OTHER]})]
     server.replies = [error(status, "blocked")]
-    with pytest.raises(RowRejected, match=r"^bad_request: .*blocked"):
+    with pytest.raises(RowFailed, match="engine_error: "):
         await started.chat(ask("<script>"))
-    server.replies = [error(status, "who are you?")]
-    server.models = error(403, "who are you?")
+    assert (await started.chat(ask("Hello"))).text == "fine"
+    server.replies = [error(status, "gone", "model_not_found")]
     with pytest.raises(EngineError, match="Mend the server or the key"):
         await started.chat(ask("Hello"))
-    assert (await started.chat(ask("Hello"))).text == "fine"
-    server.replies = [error(status, "blocked")]
-    with pytest.raises(RowRejected, match=r"^bad_request: .*blocked"):
-        await started.chat(ask("<script>"))
+    for server.models in refusals:
+        server.replies = [error(status, "who are you?")]
+        with pytest.raises(EngineError, match="Mend the server or the key"):
+            await started.chat(ask("Hello"))
+
+
+OTHER = {"id": "another", "object": "model"}
 
 
 async def test_http_row_fails_when_the_server_hangs_up_on_it(

@@ -241,6 +241,23 @@ def test_empty_cells_are_null_and_blank_lines_of_one_column_are_rows(tmp_path: P
     assert table.schema.types == [pa.string(), pa.string()]
 
 
+def test_blank_lines_around_the_rows_are_none(tmp_path: Path) -> None:
+    table = staged_table(tmp_path, "a.csv", "\n\ntext\na\n\nb\n\n\n")
+    assert table["text"].to_pylist() == ["a", None, "b"]
+
+
+def test_csv_of_a_header_alone_has_no_rows(tmp_path: Path) -> None:
+    table = staged_table(tmp_path, "a.csv", "a,b\n")
+    assert (table.column_names, table.num_rows) == (["a", "b"], 0)
+
+
+@pytest.mark.parametrize("between", [0, plain_files.ROW_GROUP_ROWS])
+def test_a_key_that_an_object_lacks_is_null(tmp_path: Path, between: int) -> None:
+    rows = [{"m": {"a": 1}}, *[{"m": None}] * between, {"m": {"b": ["x"], "a": None}}]
+    first, *_, last = staged_table(tmp_path, "a.jsonl", lines(*rows))["m"].to_pylist()
+    assert (first, last) == ({"a": 1, "b": None}, {"a": None, "b": ["x"]})
+
+
 def test_csv_row_with_more_cells_than_the_header_is_refused_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"a\.csv: line 3: has 3 cells, and the header 2"
@@ -300,8 +317,9 @@ def test_json_values_keep_their_kinds(tmp_path: Path) -> None:
     "values",
     [
         [[{"role": "user", "content": "hi"}], [{"role": "user", "content": [{"type": "text"}]}]],
-        [{"a": "5"}, {"b": 5}],
-        [{}, {"a": None}],
+        [{"a": "5"}, {"a": 5}],
+        [{}, {}],
+        [{str(n): n} for n in range(1_001)],
         [[1, "x"], {"a": 1}],
         [[1 << 70]],
     ],
@@ -323,6 +341,7 @@ def test_objects_without_a_common_type_are_json_text(
         ('[{"a": 1}] {"a": 2}', "line 1: .* follows the array"),
         ('{"a": 1}\n5\n', "line 2: .* not a JSON object"),
         ('{"\\ud800": 1}', "holds half a character"),
+        ('{"a": {"\\ud800": 1}}', "holds half a character"),
         ('{"a": "\\ud800"}', "holds half a character"),
     ],
 )

@@ -237,7 +237,7 @@ def test_link_is_the_file_that_it_leads_to(tmp_path: Path, pattern: str) -> None
     assert (entries[0].size, root.read("b.parquet")) == (4, b"rows")
 
 
-@pytest.mark.parametrize("target", ["folder", "nothing"])
+@pytest.mark.parametrize("target", ["folder", "nothing", "in/b"])
 @pytest.mark.parametrize("pattern", ["", "/*"])
 def test_link_to_no_file_is_refused_and_named(tmp_path: Path, target: str, pattern: str) -> None:
     (tmp_path / "folder").mkdir()
@@ -266,7 +266,11 @@ def test_folder_that_cannot_be_listed_is_an_error_and_one_that_is_gone_is_none(
     monkeypatch.setattr(LocalFileSystem, "ls", failing)
     errors["2025"] = FileNotFoundError()
     assert found(f"{tmp_path}/in") == ["2024/a.parquet"]
-    errors["2025"] = PermissionError(errno.EACCES, "Permission denied")
+    for name in (".Trash-0", "lost+found"):  # as a disk's root has them
+        (tmp_path / "in" / name).mkdir()
+        errors[name] = PermissionError(errno.EACCES, "Permission denied", f"{tmp_path}/in/{name}")
+    assert found(f"{tmp_path}/in") == ["2024/a.parquet"]
+    errors["2025"] = PermissionError(errno.EACCES, "Permission denied", f"{tmp_path}/in/2025")
     for url in (f"{tmp_path}/in", f"{tmp_path}/in/*/*"):
         with pytest.raises(StorageError, match="access denied"):
             find_files(url)

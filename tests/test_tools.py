@@ -262,7 +262,7 @@ async def test_calls_of_one_answer_run_at_once() -> None:
 
 
 async def test_a_calls_time_begins_when_it_is_its_turn() -> None:
-    """Of three times as many as there are threads, each ends within the time of one."""
+    """Of three times as many as run at once, each ends within the time of one."""
     many = [call("blocked", {"item": "x"}, f"c{i}") for i in range(3 * CALLS)]
     output, _ = await talk(calls(*many), "done", tool_timeout_s=1.4)
     assert {message["content"] for message in output.value[1:-1]} == {"null"}

@@ -21,7 +21,7 @@ class SecretInJobFile(ValueError):
 
 # user@host, key:secret@bucket (a secret may hold slashes), and signed or keyed queries.
 CREDENTIALS = re.compile(
-    r"://([^/]*@|[^/@]*:[^@]*@|.*\?.*((signature|token|key|secret)[^/]*|[?&]sig)=)", re.I
+    r"://([^/]*@|[^/@]*:[^@]*@|.*\?.*(signature|token|key|secret)[^/]*=|.*\?(.*&)?sig=)", re.I
 )
 
 

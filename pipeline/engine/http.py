@@ -62,8 +62,6 @@ class HttpEngine:
             max_retries=options.max_retries,
         )
         self.max_model_len = options.max_model_len or served or DEFAULT_CONTEXT
-        self._has_answered = False
-        """One request at least."""
 
     def count_tokens(self, text: str) -> int:
         return half_of_bytes(text)
@@ -80,25 +78,27 @@ class HttpEngine:
                         model=self._model.id, extra_body=extra or None, **named
                     )
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            raise _refusal(error) from None
+            too_long = error.code == "context_length_exceeded" or "context length" in str(error)
+            code = "too_long" if too_long else "bad_request"
+            raise RowRejected(f"{code}: {' '.join(error.message.split())[:200]}") from None
         except (openai.PermissionDeniedError, openai.NotFoundError) as error:
             # A filter before the server may refuse one row; a wrong key or address, all of them.
-            if self._has_answered or await self._is_there():
-                raise _refusal(error) from None
-            raise self._gone(error) from None
+            if error.code == "model_not_found" or not await self._is_there():
+                raise self._gone(error) from None
+            raise RowFailed(f"engine_error: {type(error).__name__}") from None
         except openai.APITimeoutError:
             raise RowFailed("engine_error: APITimeoutError") from None
         except openai.APIConnectionError as error:
-            if await self._is_there():  # it, or a proxy, hangs up on this row
-                raise RowFailed("engine_error: APIConnectionError") from None
-            raise self._gone(error) from None
+            if not await self._is_there():
+                raise self._gone(error) from None
+            # It, or a proxy, hangs up on this row.
+            raise RowFailed("engine_error: APIConnectionError") from None
         except openai.AuthenticationError as error:
             raise self._gone(error) from None
         except (openai.OpenAIError, json.JSONDecodeError) as error:
             raise RowFailed(f"engine_error: {type(error).__name__}") from None
         if not getattr(answer, "choices", None):
             raise RowFailed("engine_error: an answer without choices")
-        self._has_answered = True
         choice, told = answer.choices[0], answer.usage
         details = told.prompt_tokens_details if told else None
         answered = told.completion_tokens_details if told else None
@@ -118,13 +118,13 @@ class HttpEngine:
         )
 
     async def _is_there(self) -> bool:
-        """Whether the server lets us in."""
+        """Whether the server lets us in, and has our model."""
         client = self._client.with_options(timeout=PROBE_TIMEOUT_S, max_retries=PROBE_RETRIES)
         try:
-            await client.models.list()
+            served = [entry.id async for entry in client.models.list()]
         except openai.OpenAIError:
             return False
-        return True
+        return not served or self._model.id in served
 
     def _gone(self, error: openai.OpenAIError) -> EngineError:
         """The server is away, or refuses us: no row's fault, and true of all rows to come."""
@@ -133,12 +133,6 @@ class HttpEngine:
             "retries",
             "Mend the server or the key; then the same command goes on where it stopped.",
         )
-
-
-def _refusal(error: openai.APIStatusError) -> RowRejected:
-    too_long = error.code == "context_length_exceeded" or "context length" in str(error)
-    code = "too_long" if too_long else "bad_request"
-    return RowRejected(f"{code}: {' '.join(error.message.split())[:200]}")
 
 
 def _options(model: ModelConfig) -> HttpOptions:
