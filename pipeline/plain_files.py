@@ -210,7 +210,7 @@ def _csv_rows(file: IO[str], url: str) -> Iterator[tuple[Fields, int]]:
 
 
 def _header(reader: Any, url: str) -> list[str]:
-    cells = next((row for row in reader if row), [])
+    cells: list[str] = next((row for row in reader if row), [])
     names = [name or f"Unnamed: {i}" for i, name in enumerate(cells)]
     if len(set(names)) < len(names):
         raise InputError(f"{url}: has two columns of the same name", "Rename one of them.")
