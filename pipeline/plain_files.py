@@ -168,22 +168,28 @@ def _array(values: list[Any], type_: pa.DataType) -> pa.Array:
 
 def _rows(path: Path, kind: str, url: str) -> Iterator[tuple[Fields, int]]:
     """Rows with their sizes, in characters. Raises InputError where the file is broken."""
+    with _opened(path, kind, url) as file:
+        if kind == "csv":
+            yield from _csv_rows(file, url)
+        elif kind == "json":
+            yield from _json_rows(JsonReader(file, url))
+        else:
+            yield from (({"text": line.removesuffix("\n")}, len(line)) for line in file)
+
+
+@contextmanager
+def _opened(path: Path, kind: str, url: str) -> Iterator[IO[str]]:
     newline = "" if kind == "csv" else None  # line ends within quotes stay as they are
     with path.open(encoding="utf-8-sig", newline=newline) as file:
         try:
-            if kind == "csv":
-                yield from _csv_rows(file, url)
-            elif kind == "json":
-                yield from _json_rows(JsonReader(file, url))
-            else:
-                yield from (({"text": line.removesuffix("\n")}, len(line)) for line in file)
+            yield file
         except UnicodeDecodeError as error:
             raise InputError(f"{url}: is not UTF-8", "Write it anew as UTF-8.") from error
 
 
 def _csv_types(path: Path, url: str) -> dict[str, pa.DataType]:
     """Text, all of them, by the header."""
-    with path.open(encoding="utf-8-sig", newline="") as file, _csv_errors(file, url) as reader:
+    with _opened(path, "csv", url) as file, _csv_errors(file, url) as reader:
         return dict.fromkeys(_header(reader, url), TEXT)
 
 
@@ -229,8 +235,6 @@ def _csv_errors(file: IO[str], url: str) -> Iterator[Any]:
             f"{url}: line {reader.line_num:,}: not readable as CSV: {error}",
             'Quotes must be closed, and doubled within quotes: "a ""b"" c".',
         ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{url}: is not UTF-8", "Write it anew as UTF-8.") from error
 
 
 def _json_rows(reader: JsonReader) -> Iterator[tuple[Fields, int]]:

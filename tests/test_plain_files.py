@@ -85,6 +85,15 @@ def test_csv_with_broken_quotes_is_refused(tmp_path: Path, content: str) -> None
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt"])
+@pytest.mark.parametrize("before", [b"", b"x\n"])
+def test_file_that_is_not_utf8_is_refused(tmp_path: Path, name: str, before: bytes) -> None:
+    (tmp_path / name).write_bytes((b'{"text": "x"}\n' if "j" in name else before) + b"\xff\n")
+    source, [entry] = find_files(str(tmp_path / name))
+    with pytest.raises(InputError, match="is not UTF-8"):
+        staging.stage_file(source, entry, Folder(str(tmp_path / "out")))
+
+
 @pytest.mark.parametrize("odd", [5, True, 1.5, ["x"], {"x": "나"}, 1 << 70])
 @pytest.mark.parametrize("between", [0, plain_files.ROW_GROUP_ROWS])
 def test_odd_value_among_texts_is_json_and_the_texts_are_as_they_were(
