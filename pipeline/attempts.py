@@ -33,6 +33,9 @@ IDLE_DEATHS = 5
 """So many engines that die in a row on one machine, none having finished anything, are no row's
 fault."""
 
+JUDGING_DEATHS = 20
+"""Nor are so many of which none has done more than to find that rows had killed those before."""
+
 START_TRIES = 3
 """So often an engine is started where one has worked before."""
 
@@ -57,6 +60,10 @@ class Journal:
         self._file = self.path.open("w", encoding="utf-8", buffering=1)
         fcntl.flock(self._file, fcntl.LOCK_EX)
 
+    def close(self) -> None:
+        """As the process's end does."""
+        self._file.close()
+
     @contextmanager
     def holding(self, unit: Unit, alone: bool) -> Iterator[None]:
         """The block in which rows of `unit` are in the engine. What it raises leaves them there:
@@ -65,6 +72,10 @@ class Journal:
         self._file.write(json.dumps(["in", *line]) + "\n")
         yield
         self._file.write(json.dumps(["out", *line]) + "\n")
+
+    def judged(self, unit: Unit) -> None:
+        """This row is known to kill engines: it has not been in this one, and is done."""
+        self._file.write(json.dumps(["judged", unit.shard, unit.start, unit.stop, True]) + "\n")
 
 
 def bury(journal: Path, output: Folder) -> None:
@@ -93,9 +104,11 @@ def bury_the_dead(folder: Path, run: str, lane: str, output: Folder) -> None:
                 continue  # it lives
             bury(journal, output)
     buried = _buried(folder, lane)
-    if len(buried) >= IDLE_DEATHS and not any(map(_finished_some, buried[-IDLE_DEATHS:])):
+    for deaths, has_worked in ((IDLE_DEATHS, _did_some), (JUDGING_DEATHS, _finished_some)):
+        if len(buried) < deaths or any(map(has_worked, buried[-deaths:])):
+            continue
         raise EngineError(
-            f"{IDLE_DEATHS} engines in a row died on this machine before they finished anything",
+            f"{deaths} engines in a row died on this machine before they finished anything",
             "Look into the log for the reason; what is committed stays.",
         )
 
@@ -158,10 +171,14 @@ def _held(journal: Path) -> list[tuple[str, int, int, bool]]:
         what, shard, start, stop, alone = json.loads(line)
         if what == "in":
             held.append((shard, start, stop, alone))
-        else:
+        elif what == "out":
             held.remove((shard, start, stop, alone))
     return held
 
 
 def _finished_some(journal: Path) -> bool:
     return '["out"' in journal.read_text(encoding="utf-8")
+
+
+def _did_some(journal: Path) -> bool:
+    return _finished_some(journal) or '["judged"' in journal.read_text(encoding="utf-8")

@@ -23,19 +23,27 @@ def text_of(row: Row, column: str) -> str:
     return text
 
 
-UNFINISHED = frozenset({"length", "max_tokens", "content_filter", "repetition", "abort", "error"})
-"""Finish reasons of an answer that was ended before its end."""
+UNFINISHED = {
+    "length": "truncated",
+    "max_tokens": "truncated",
+    "content_filter": "stopped",
+    "repetition": "stopped",
+    "abort": "engine_error",
+    "error": "engine_error",
+}
+"""What a row is whose answer ended for this finish reason, before its end."""
 
 
 def check_finished(completion: Completion) -> None:
     """Raises RowRejected (`truncated` at max_tokens, `stopped` by a filter) or RowFailed
     (`engine_error`) if the answer was ended before its end."""
-    match completion.finish_reason:
-        case "length" | "max_tokens":
+    reason = completion.finish_reason
+    match UNFINISHED.get(reason):
+        case "truncated":
             raise RowRejected(f"truncated: after {completion.usage.completion_tokens} tokens")
-        case "content_filter" | "repetition" as reason:
+        case "stopped":
             raise RowRejected(f"stopped: {reason}")
-        case "abort" | "error" as reason:
+        case "engine_error":
             raise RowFailed(f"engine_error: {reason}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -23,3 +24,17 @@ def import_named(path: str) -> Any:
     except Exception as error:  # whatever the user's module raises
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"`{path}` can't be imported, also not from {Path.cwd()}: {why}") from None
+
+
+def modules_in(folder: Path) -> list[Path]:
+    """Files and packages of `folder` that this process has imported."""
+    found = {_place(module) for name, module in sys.modules.items() if "." not in name}
+    return sorted(place for place in found if place and place.parent == folder)
+
+
+def _place(module: ModuleType) -> Path | None:
+    """The file or, of a package, the folder that it was imported from."""
+    for folder in getattr(module, "__path__", ()):
+        return Path(folder)
+    file = getattr(module, "__file__", None)
+    return Path(file) if file else None

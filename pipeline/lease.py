@@ -162,6 +162,10 @@ class Watch:
         self._looked = -math.inf
         self._answer = False
 
+    def __reduce__(self) -> tuple[type[Watch], tuple[Folder, str]]:
+        """Without when it has looked: another machine's clock says other times."""
+        return Watch, (self._output, self._run)
+
     def says_stop(self) -> bool:
         """Looks at the lease again once LOOK_S have passed."""
         if time.monotonic() - self._looked > LOOK_S and not self._answer:

@@ -21,7 +21,7 @@ class Mark:
     kind: Kind
     text: str
     """In the form that is compared: a tag without its attributes, which may be translated, but for
-    their URLs; a code block without its indentation."""
+    where they lead and their placeholders; a code block without its indentation."""
     start: int
     stop: int
 
@@ -30,6 +30,16 @@ _NAME = r"[A-Za-z_][A-Za-z0-9_.-]{0,80}"
 _VALUE = r"""(?:"[^"<>]{0,400}"|'[^'<>]{0,400}'|[^\s"'<>=]{1,200})"""
 # In ASCII alone: Korean particles follow a URL without a space.
 _URL = r"(?:(?:https?|ftp)://|(?<![A-Za-z0-9.])www\.)[A-Za-z0-9\-._~:/?\#\[\]@!$&'()*+,;=%]+"
+
+_PLACEHOLDER = r"""
+      \{\{[^{}\n]{1,80}\}\}                       # {{ name }}
+    | \$?\{[A-Za-z0-9_][A-Za-z0-9_.\[\]]{0,80}(?:![rsa])?(?::[^{}\s]{0,20})?\}
+    | \{\}
+    | %\([A-Za-z_][A-Za-z0-9_]{0,80}\)[-+0\#]{0,3}\d{0,3}(?:\.\d{1,3})?[sdiufgxr]
+    # Not the percent sign of `5%do`, and no conversion that a word may begin with.
+    | (?<![\d%])%(?:\d\$)?[-+0\#]{0,3}\d{0,3}(?:\.\d{1,3})?
+          l{0,2}[sdiufgxr@](?![A-Za-z0-9])
+"""
 
 _INLINE = re.compile(
     rf"""
@@ -47,13 +57,7 @@ _INLINE = re.compile(
       | (?<=\]\()[^()\s]{{1,300}}(?=\))                     # [text](path/of/a/link)
     )
   | (?P<placeholder>
-        \{{\{{[^{{}}\n]{{1,80}}\}}\}}                       # {{{{ name }}}}
-      | \$?\{{[A-Za-z0-9_][A-Za-z0-9_.\[\]]{{0,80}}(?:![rsa])?(?::[^{{}}\s]{{0,20}})?\}}
-      | \{{\}}
-      | %\([A-Za-z_][A-Za-z0-9_]{{0,80}}\)[-+0\#]{{0,3}}\d{{0,3}}(?:\.\d{{1,3}})?[sdiufgxr]
-      # Not the percent sign of `5%do`, and no conversion that a word may begin with.
-      | (?<![\d%])%(?:\d\$)?[-+0\#]{{0,3}}\d{{0,3}}(?:\.\d{{1,3}})?
-            l{{0,2}}[sdiufgxr@](?![A-Za-z0-9])
+        {_PLACEHOLDER}
     )
   | (?P<tag>
         # Lower case: <Parasite> is a title, as Korean text writes them.
@@ -64,6 +68,12 @@ _INLINE = re.compile(
     """,
     re.VERBOSE,
 )
+
+_ATTRIBUTE = re.compile(rf"({_NAME})\s{{0,5}}=\s{{0,5}}({_VALUE})")
+_LEADING = ("href", "src")
+"""Attributes of which nothing is to be translated."""
+_KEPT = re.compile(rf"{_URL}|{_PLACEHOLDER}", re.VERBOSE)
+"""What is not, of any other."""
 
 _HINTS = ("`", "<", "{", "%", "@", "://", "www.", "](", "~~~")
 """Without one of these there is no mark, as in most texts."""
@@ -121,8 +131,18 @@ def _inline_marks(text: str, start: int, stop: int) -> Iterator[Mark]:
                     yield Mark("placeholder", found[0], *found.span())
             case _:
                 name = f"/{found['end']}" if found["end"] else found["name"] + found["closed"]
-                urls = map(_without_punctuation, re.findall(_URL, found[0]))
-                yield Mark("tag", f"<{' '.join([name, *urls])}>", *found.span())
+                kept = sorted(_kept(found[0]))  # they may change places
+                yield Mark("tag", f"<{' '.join([name, *kept])}>", *found.span())
+
+
+def _kept(tag: str) -> Iterator[str]:
+    """The attributes of a tag that hold what must stay, with that alone."""
+    for name, value in _ATTRIBUTE.findall(tag):
+        inside = value.strip("\"'")
+        if name.lower() not in _LEADING:
+            inside = " ".join(_without_punctuation(found[0]) for found in _KEPT.finditer(inside))
+        if inside:
+            yield f'{name}="{inside}"'
 
 
 def _without_punctuation(url: str) -> str:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.accounting import Account, Usage, bucket_of
-from pipeline.errors import RefusedError, StorageError
+from pipeline.errors import Interrupted, RefusedError, StorageError
 from pipeline.parquet import input_errors, open_parquet, parquet_writer, read_batches
 from pipeline.parts import (
     FOOTER_KEY,
@@ -33,12 +35,18 @@ from pipeline.parts import (
     retry_key,
 )
 from pipeline.records import DEFERRED, Counts, Unit
+from pipeline.signals import interrupted
 from pipeline.storage import Folder
 
 # Rows (or bytes) that are held before a row group is written. A tenth of Parquet's usual
 # 1M rows: rows here are long texts.
 ROW_GROUP_ROWS = 65_536
 ROW_GROUP_BYTES = 64 << 20
+
+PARTS_AHEAD = 16
+"""Of a shard, read at once."""
+
+Part = tuple[Stamp, pa.Table]
 
 Also = Callable[[Stamp], AbstractContextManager[Callable[[pa.Table], None]]]
 """Given the stamp of a shard that is being published, what takes its rows too, to write them in
@@ -140,6 +148,8 @@ def _write_shard(
     ):
         buffered: list[pa.Table] = []
         for table in tables:
+            if interrupted.is_set():
+                raise Interrupted
             count_rows(table, counts)
             prompts += _lengths(table, "prompt_tokens")
             completions += _lengths(table, "completion_tokens")
@@ -281,10 +291,8 @@ class _Results:
     def _in_order(self, output: Folder, key: str, rows: int, stamp: Stamp) -> Iterator[pa.Table]:
         """Results of all rows once, from parts that may overlap where two runs cut units apart."""
         position = 0
-        for unit in parts_among(output.list(f"{PARTS}/{key}")).get(key, []):
-            if unit.stop <= position or unit.start > position:
-                continue
-            made, table = _read_part(output, unit, stamp)
+        units = _one_after_the_other(parts_among(output.list(f"{PARTS}/{key}")).get(key, []))
+        for unit, (made, table) in _ahead(partial(_read_part, output, stamp), units):
             self.longest = max(self.longest, made.counts.longest)
             if unit.start == position:
                 self.account.add(made.counts.account)
@@ -297,10 +305,39 @@ class _Results:
             )
 
 
-def _read_part(output: Folder, unit: Unit, stamp: Stamp) -> tuple[Stamp, pa.Table]:
+def _one_after_the_other(parts: Iterable[Unit]) -> Iterator[Unit]:
+    """Of these, ascending, the parts that are needed; up to the first row that none has."""
+    position = 0
+    for unit in parts:
+        if unit.start <= position < unit.stop:
+            yield unit
+            position = unit.stop
+
+
+def _ahead(read: Callable[[Unit], Part], units: Iterable[Unit]) -> Iterator[tuple[Unit, Part]]:
+    """Each unit with what `read` says of it, some read at once and none far ahead: an object store
+    takes a while to answer."""
+    reading: deque[tuple[Unit, Future[Part]]] = deque()
+    with ThreadPoolExecutor(PARTS_AHEAD, thread_name_prefix="parts") as pool:
+        try:
+            for unit in units:
+                reading.append((unit, pool.submit(read, unit)))
+                if len(reading) == PARTS_AHEAD:
+                    first, part = reading.popleft()
+                    yield first, part.result()
+            while reading:
+                first, part = reading.popleft()
+                yield first, part.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_part(output: Folder, stamp: Stamp, unit: Unit) -> Part:
     path = part_path(unit)
-    with input_errors(f"{output.url}/{path}"), output.open(path) as file:
-        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+    with input_errors(f"{output.url}/{path}"):
+        # Whole, in one request.
+        content = pa.BufferReader(output.read(path))
+        parquet = pq.ParquetFile(content, page_checksum_verification=True)
         made = Stamp.from_footer(parquet.metadata.metadata[FOOTER_KEY.encode()])
         check_same_origin(made, stamp.identity, stamp.fingerprint, f"{output.url}/{path}")
         return made, parquet.read().replace_schema_metadata(None)

@@ -20,7 +20,13 @@ def open_parquet(file: pa.NativeFile) -> pq.ParquetFile:
     """Open for streaming: a row group is read page by page, never fetched whole, so that one
     row group of millions of rows needs no more memory than a small one."""
     return pq.ParquetFile(
-        file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
+        file,
+        pre_buffer=False,
+        buffer_size=1 << 20,
+        page_checksum_verification=True,
+        # Spark's timestamps, which are microseconds: as nanoseconds, Arrow's own choice, those
+        # before 1677 and after 2262 become others without a word, and Spark can't read them back.
+        coerce_int96_timestamp_unit="us",
     )
 
 
@@ -31,9 +37,10 @@ def read_batches(
     columns: Sequence[str] | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """Batches in row order, each of about READ_BYTES at most. Raises InputError for damage."""
-    metadata = parquet.metadata
-    size = sum(metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups))
-    rows = int(READ_BYTES * metadata.num_rows / max(1, size))
+    numbers = range(parquet.num_row_groups) if row_groups is None else row_groups
+    groups = [parquet.metadata.row_group(number) for number in numbers]
+    size = sum(group.total_byte_size for group in groups)
+    rows = int(READ_BYTES * sum(group.num_rows for group in groups) / max(1, size))
     with input_errors(url):
         yield from parquet.iter_batches(
             batch_size=max(1, min(READ_ROWS, rows)), row_groups=row_groups, columns=columns

@@ -42,7 +42,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.accounting import RowTexts, TextSize, Usage, numbers_of
-from pipeline.errors import RefusedError
+from pipeline.errors import NoSuchFileError, RefusedError
 from pipeline.parquet import input_errors, open_parquet, parquet_writer, read_batches
 from pipeline.records import DEFERRED, Counts, Output, Unit, counted_as
 from pipeline.storage import Entry, Folder
@@ -200,8 +200,17 @@ def read_stamp(output: Folder, path: str) -> Stamp | None:
     return Stamp.from_footer(footer) if footer else None
 
 
-def read_part_counts(output: Folder, unit: Unit) -> dict[Unit, Counts]:
-    """The counts of every part that lies in the unit's range."""
+def read_part_counts(output: Folder, unit: Unit) -> Counts | None:
+    """The counts of the unit's part; None if there is none."""
+    try:
+        stamp = read_stamp(output, part_path(unit))
+    except NoSuchFileError:
+        return None
+    return stamp.counts if stamp else None
+
+
+def read_counts_inside(output: Folder, unit: Unit) -> dict[Unit, Counts]:
+    """The counts of every part that lies in the unit's range; lists all parts of its shard."""
     parts = parts_among(output.list(f"{PARTS}/{unit.shard}")).get(unit.shard, [])
     inside = [part for part in parts if unit.start <= part.start and part.stop <= unit.stop]
     stamps = [read_stamp(output, part_path(part)) for part in inside]

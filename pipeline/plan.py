@@ -363,8 +363,9 @@ def _refuse_vanished(names: Iterable[str], output: Folder) -> None:
 
 
 def _is_of(identity: str, name: str, output: Folder) -> bool:
-    """Whether this job published the file. Others' files may lie in the output folder."""
-    if suffix_of(name) != ".parquet":
+    """Whether this job published the file. Others' files may lie in the output folder, and the
+    answers of batch files do."""
+    if suffix_of(name) == ".jsonl":
         return False
     try:
         stamp = read_stamp(output, name)

@@ -261,6 +261,7 @@ def _compute(
     finally:
         # Whoever comes next on this machine needs the memory that engines still hold.
         wait_for_guards(engines_lock(run))
+        ledger.end_lane()  # if an error did, no engine is paid for while files are published
         forget_journals(machine_folder(), run)
 
 

@@ -98,17 +98,20 @@ def read_units(
         held: list[pa.RecordBatch] = []
         for group in range(parquet.num_row_groups):
             group_rows = parquet.metadata.row_group(group).num_rows
-            if unit.start >= _count(selected, row + group_rows):
+            end = _count(selected, row + group_rows)
+            if unit.start >= end or end == _count(selected, row):
                 row += group_rows
                 continue
             for batch in read_batches(parquet, f"{source.url}/{path}", [group], columns):
                 start, end = _count(selected, row), _count(selected, row + batch.num_rows)
                 counted = batch
-                if selected is not None:
+                if selected is not None and start < end:
                     # Not `take`, which some types don't have (string_view).
                     rows = [batch.slice(position - row, 1) for position in selected[start:end]]
-                    counted = pa.concat_batches(rows) if rows else batch.slice(0, 0)
+                    counted = pa.concat_batches(rows)
                 row += batch.num_rows
+                if start == end:
+                    continue  # an empty slice of it would keep all of it
                 while unit.start < end:
                     first, last = max(unit.start, start) - start, min(unit.stop, end) - start
                     held.append(counted.slice(first, last - first))

@@ -50,16 +50,17 @@ def stage_file(source: Folder, entry: Entry, output: Folder) -> Entry:
     Raises InputError if the file can't be read, or holds what Parquet has no type for.
     """
     url = f"{source.url}/{entry.path}"
-    target = f"{STAGED}/{short_hash(entry.fingerprint)}/{staged_name(entry.path)}"
+    kind = KINDS[suffix_of(entry.path)]
+    fingerprint = f"{entry.fingerprint}:{kind}"  # of another kind, the same bytes are other rows
+    target = f"{STAGED}/{short_hash(fingerprint)}/{staged_name(entry.path)}"
 
     def write(cache: str, path: Path) -> None:
         copy = Path(cache) / "source"  # it is read twice
         with copy.open("wb") as plain:
             plain.writelines(_pieces(source, entry.path))
-        origin = {SOURCE_KEY: entry.fingerprint.encode()}
-        convert(copy, KINDS[suffix_of(entry.path)], url, path, origin)
+        convert(copy, kind, url, path, {SOURCE_KEY: fingerprint.encode()})
 
-    return stage_once(output, target, entry.fingerprint, write)
+    return stage_once(output, target, fingerprint, write)
 
 
 def stage_dataset(config: InputConfig, output: Folder) -> Entry:

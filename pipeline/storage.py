@@ -31,6 +31,7 @@ MULTIPART_BYTES = 64 << 20
 """Size of one piece of a large upload; S3 allows 10,000 pieces, so a file may have 640 GB."""
 
 RACERS = 8
+DELETED_AT_ONCE = 16
 LEFT_AFTER = timedelta(days=1)
 """So long that no clock is that wrong, and no upload that slow."""
 
@@ -85,7 +86,11 @@ class Folder:
             except FileNotFoundError:
                 return []
         base = self.root.rstrip("/") + "/"
-        return sorted(_entry(name.removeprefix(base), info) for name, info in found.items())
+        return sorted(
+            _entry(name.removeprefix(base), info)
+            for name, info in found.items()
+            if not _stands_for_a_folder(name, base)
+        )
 
     def entry(self, path: str) -> Entry:
         """The file `path` as it is now. Raises FileNotFoundError."""
@@ -178,9 +183,10 @@ class Folder:
                 shutil.rmtree(self.full(path), ignore_errors=True)
             return
         # By their listed names: fsspec's own `rm` takes brackets and stars in a name for a glob.
-        for entry in self.list(path):
-            with storage_errors(f"{self.url}/{path}"):
-                self.filesystem.rm_file(self.full(entry.path))
+        with ThreadPoolExecutor(DELETED_AT_ONCE) as pool, storage_errors(f"{self.url}/{path}"):
+            names = [self.full(entry.path) for entry in self.list(path)]
+            for _ in pool.map(self.filesystem.rm_file, names):
+                pass
 
     @contextmanager
     def _temporary(self) -> Iterator[tuple[IO[bytes], Path]]:
@@ -338,7 +344,11 @@ def find_files(url: str) -> tuple[Folder, list[Entry]]:
         else:
             raise InputError(f"{url}: no such file or folder", "Check `input.path`.")
     base = root.rstrip("/") + "/"
-    entries = sorted(_entry(name.removeprefix(base), info) for name, info in found.items())
+    entries = sorted(
+        _entry(name.removeprefix(base), info)
+        for name, info in found.items()
+        if not _stands_for_a_folder(name, base)
+    )
     visible = [e for e in entries if not any(p[:1] in ("_", ".") for p in e.path.split("/"))]
     if not visible:
         raise InputError(f"{url}: {what}", "Check `input.path`.")
@@ -350,6 +360,11 @@ def find_files(url: str) -> tuple[Folder, list[Entry]]:
                 "Name the folder itself in `input.path`, or remove the link.",
             )
     return Folder(filesystem.unstrip_protocol(root) if "://" in url else root), visible
+
+
+def _stands_for_a_folder(name: str, base: str) -> bool:
+    """Whether it is no file, but what some tools put into an object store for a folder."""
+    return name.endswith("/") or f"{name}/" == base
 
 
 def _entry(path: str, info: dict[str, Any]) -> Entry:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -19,8 +21,13 @@ import pipeline
 from pipeline.config import JobConfig
 from pipeline.errors import ClusterError, RefusedError
 from pipeline.identity import absolute_model_id, absolute_options
+from pipeline.imports import modules_in
 from pipeline.ray_settings import apply_ray_settings
 from pipeline.storage import Folder, absolute_url
+
+PACKAGES = [Path(module.__file__ or "").parent for module in (pipeline, jobs)]
+AFTER_GRACE_S = 10
+"""What a driver needs to end once its workers have."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ def submission_id(job: JobConfig) -> str:
 
 
 def submit_job(job: JobConfig, address: str | None) -> Submitted:
-    """Submit `axbatch run` of this job. One that has ended may be submitted again; it resumes.
+    """Submit `axbatch run` of this job, with the modules of the current directory that its task has
+    imported. One that has ended may be submitted again; it resumes.
 
     Raises:
         ClusterError: no cluster answers at `address`.
@@ -76,13 +84,17 @@ def submit_job(job: JobConfig, address: str | None) -> Submitted:
         Path(folder, "job.yaml").write_text(
             yaml.safe_dump(resolved.model_dump(), sort_keys=False, allow_unicode=True)
         )
+        _copy_own_modules(Path(folder))
+        # What `ray job stop` waits before it kills; Ray's own 3 s are not enough to drain.
+        stop_s = math.ceil(job.cluster.grace_s) + AFTER_GRACE_S
         try:
             client.submit_job(
                 entrypoint=_entrypoint(),
                 submission_id=identifier,
                 runtime_env={
                     "working_dir": folder,
-                    "py_modules": [_folder(pipeline), _folder(jobs)],
+                    "py_modules": [str(package) for package in PACKAGES],
+                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(stop_s)},
                 },
             )
         except RuntimeError as error:
@@ -94,6 +106,17 @@ def submit_job(job: JobConfig, address: str | None) -> Submitted:
                 ) from error
             raise _active(identifier, where) from error
     return Submitted(identifier, where)
+
+
+def _copy_own_modules(folder: Path) -> None:
+    """Where the job finds them as it does here: in its current directory."""
+    for place in modules_in(Path.cwd()):
+        if place.is_dir() and place not in PACKAGES:
+            shutil.copytree(
+                place, folder / place.name, ignore=shutil.ignore_patterns("__pycache__", ".*")
+            )
+        elif place.is_file():
+            shutil.copy(place, folder)
 
 
 def _entrypoint() -> str:
@@ -151,7 +174,3 @@ def with_absolute_paths(job: JobConfig) -> JobConfig:
             "accounting": accounting.model_copy(update=counted),
         }
     )
-
-
-def _folder(module: Any) -> str:
-    return str(Path(module.__file__).parent)

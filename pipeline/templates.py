@@ -41,7 +41,7 @@ class Template:
         """Raises ValueError, with the line, if `source` is no template."""
         try:
             tree = _ENVIRONMENT.parse(source)
-            self.columns = sorted(meta.find_undeclared_variables(tree))
+            self.columns = sorted(meta.find_undeclared_variables(tree) | _named_as_functions(tree))
             """What `render` reads of a row."""
             _refuse_other_files(tree)
             _count_steps(tree)
@@ -170,6 +170,18 @@ def _environment() -> _Environment:
 
 
 _ENVIRONMENT = _environment()
+
+
+def _named_as_functions(tree: nodes.Template) -> set[str]:
+    """Columns that have the name of a function of Jinja, of which it says nothing itself."""
+    called = {id(call.node) for call in tree.find_all(nodes.Call)}
+    names = [name for name in tree.find_all(nodes.Name) if name.name in _ENVIRONMENT.globals]
+    functions = {name.name: name.lineno for name in names if id(name) in called}
+    own = {name.name for name in names if name.ctx != "load"}
+    columns = {name.name for name in names if id(name) not in called} - own
+    for name in columns & functions.keys():
+        raise TemplateSyntaxError(f"`{name}` is a column elsewhere, no function", functions[name])
+    return columns
 
 
 def _refuse_other_files(tree: nodes.Template) -> None:

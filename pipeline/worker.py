@@ -58,7 +58,13 @@ from pipeline.logs import engines_lock, machine_folder, redirect_output, root_ca
 from pipeline.metrics import Metrics
 from pipeline.model import resolve_model
 from pipeline.parquet import python_rows
-from pipeline.parts import Stamp, commit_part, read_part_counts, result_table
+from pipeline.parts import (
+    Stamp,
+    commit_part,
+    read_counts_inside,
+    read_part_counts,
+    result_table,
+)
 from pipeline.reaper import guard_children
 from pipeline.receipt import NOT_BEGUN, encode_receipt
 from pipeline.records import DEFERRED, Completion, Counts, Output, Receipt, Row, Unit
@@ -159,15 +165,15 @@ class Worker:
         started = time.monotonic()
         unit, fingerprint, table = decode_unit(block)
         rows = python_rows(table)
-        crashes = await asyncio.to_thread(read_crashes, self._output, unit.shard)
-        # A worker may have died after its commit, and before Ray had the receipt.
-        done = await asyncio.to_thread(read_part_counts, self._output, unit) if crashes else {}
-        crashes = crashes_of(unit, crashes)
-        if unit in done:
-            counts = done[unit]
-        elif is_suspect(crashes):
-            counts = await self._do_suspect(unit, fingerprint, rows, crashes, done)
-        else:
+        of_shard = await asyncio.to_thread(read_crashes, self._output, unit.shard)
+        crashes, counts = crashes_of(unit, of_shard), None
+        if of_shard:  # a worker may have died after its commit, and before Ray had the receipt
+            counts = await asyncio.to_thread(read_part_counts, self._output, unit)
+        if counts is None and is_suspect(crashes):
+            counts = await self._do_suspect(unit, fingerprint, rows, crashes)
+            if counts is None:
+                return None
+        elif counts is None:
             async with self._schedule.together(unit.rows):
                 started = time.monotonic()
                 if await asyncio.to_thread(self._spec.watch.says_stop):
@@ -185,24 +191,29 @@ class Worker:
         fingerprint: str,
         rows: Sequence[Row | RowError],
         crashes: Sequence[Crash],
-        done: Mapping[Unit, Counts],
-    ) -> Counts:
+    ) -> Counts | None:
         """Piece by piece with nothing else in the engine, each committed at once: the pieces that
-        are done stay done when the next one kills the engine."""
+        are done stay done when the next one kills the engine. None if the watch says stop."""
         counts = Counts()
+        done = await asyncio.to_thread(read_counts_inside, self._output, unit)
         async with self._schedule.alone():
             for piece in pieces(unit, crashes):
                 if piece in done:
                     counts.add(done[piece])
                     continue
+                if await asyncio.to_thread(self._spec.watch.says_stop):
+                    return None
                 piece_rows = rows[piece.start - unit.start : piece.stop - unit.start]
-                if piece.rows == 1 and crashed_alone(piece, crashes):
+                is_killer = piece.rows == 1 and crashed_alone(piece, crashes)
+                if is_killer:
                     outputs = [Output(None, "failed", "engine_crash")]
                 else:
                     outputs = await self._run_rows(piece, piece_rows, alone=True)
                 counts.add(
                     await asyncio.to_thread(self._commit, piece, fingerprint, piece_rows, outputs)
                 )
+                if is_killer:
+                    self._journal.judged(piece)
         return counts
 
     async def _run_rows(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pipeline import attempts, worker
 from pipeline.attempts import (
     IDLE_DEATHS,
+    JUDGING_DEATHS,
     START_TRIES,
     Crash,
     Journal,
@@ -32,7 +33,7 @@ from pipeline.attempts import (
 from pipeline.engine import EngineGone
 from pipeline.engine.echo import EchoEngine
 from pipeline.errors import EngineError
-from pipeline.parts import missing_ranges, parts_among
+from pipeline.parts import missing_ranges, parts_among, read_counts_inside
 from pipeline.records import Completion, Counts, Receipt, Unit
 from pipeline.storage import Folder
 from pipeline.worker import Worker
@@ -105,10 +106,17 @@ def test_two_workers_that_bury_the_same_dead_do_not_meet(
 def test_engines_that_die_without_having_done_anything_end_the_job(tmp_path: Path) -> None:
     output = Folder(str(tmp_path / "out"))
 
-    def die(number: int, finished: bool) -> None:
-        journal = tmp_path / f"run.{number}.journal"
-        lines = [["in", "s", 0, 4, False], ["out", "s", 0, 4, False], ["in", "s", 4, 8, False]]
-        journal.write_text("\n".join(json.dumps(line) for line in lines if finished or line[2] > 0))
+    def die(number: int, finished: bool, judged: bool = False) -> None:
+        journal = Journal(tmp_path, "run")
+        if finished:
+            with journal.holding(Unit("s", 0, 4), alone=False):
+                pass
+        if judged:
+            journal.judged(Unit("s", number, number + 1))
+        with suppress(Died), journal.holding(Unit("s", 4, 8), alone=False):
+            raise Died
+        journal.close()
+        journal.path.rename(tmp_path / f"run.{number}.journal")
         bury_the_dead(tmp_path, "run", "run", output)
 
     for number in range(IDLE_DEATHS - 1):
@@ -118,6 +126,35 @@ def test_engines_that_die_without_having_done_anything_end_the_job(tmp_path: Pat
         die(number, finished=False)
     with pytest.raises(EngineError, match="before they finished anything"):
         die(2 * IDLE_DEATHS, finished=False)
+    die(2 * IDLE_DEATHS + 1, finished=True)
+    for number in range(20, 19 + JUDGING_DEATHS):
+        die(number, finished=False, judged=True)
+    with pytest.raises(EngineError, match=f"{JUDGING_DEATHS} engines in a row"):
+        die(19 + JUDGING_DEATHS, finished=False, judged=True)
+
+
+def test_a_death_makes_no_unit_list_the_parts_of_its_file_but_suspects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be hundreds of thousands of parts, and as many units to come."""
+    listed: list[Unit] = []
+
+    def list_parts(output: Folder, unit: Unit) -> dict[Unit, Counts]:
+        listed.append(unit)
+        return read_counts_inside(output, unit)
+
+    monkeypatch.setattr(worker, "read_counts_inside", list_parts)
+    spec = spec_here(make_job(tmp_path), tmp_path, monkeypatch)
+    spec.output.create("_axbatch/attempts/s/0-4.alone.x", b"")
+    suspect, other = Unit("s", 0, 4), Unit("s", 4, 8)
+
+    async def live() -> list[Receipt | None]:
+        alive, rows = Worker(spec), {"text": ["a", "b", "c", "d"]}
+        return [await do_unit(alive, unit, rows) for unit in (suspect, other, other, suspect)]
+
+    receipts = asyncio.run(live())
+    assert [receipt.counts.rows for receipt in receipts if receipt] == [4, 4, 4, 4]
+    assert listed == [suspect, suspect]
 
 
 def test_engine_that_worked_before_is_started_three_times(tmp_path: Path) -> None:
@@ -148,7 +185,9 @@ class Fragile(EchoEngine):
         return await super().chat(body)
 
 
-@pytest.mark.parametrize("poison", [[], [0], [17], [255], [3, 4], [1, 100, 200]], ids=str)
+@pytest.mark.parametrize(
+    "poison", [[], [0], [17], [255], [0, 1], [3, 4], [1, 100, 200], [*range(60, 68)]], ids=str
+)
 def test_only_the_rows_that_kill_engines_fail(
     tmp_path: Path, poison: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +217,7 @@ def test_only_the_rows_that_kill_engines_fail(
     while waiting := [unit for unit in units if unit not in {r.unit for r in receipts}]:
         asyncio.run(live(waiting))
         lives += 1
-        assert lives < 30
+        assert lives < 40
 
     counts = Counts()
     for receipt in receipts:

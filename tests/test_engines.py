@@ -311,7 +311,23 @@ async def test_http_starts_with_a_server_that_lists_no_models(
     server: OpenAIServer, engine: Callable[..., HttpEngine]
 ) -> None:
     server.models = error(404, "no such page")
-    assert (await engine().chat(ask("Hello"))).text == "fine"
+    started = engine(max_retries=0)
+    server.replies = [error(404, "no such page")]
+    with pytest.raises(EngineError, match="Mend the server or the key"):
+        await started.chat(ask("Hello"))
+    assert (await started.chat(ask("Hello"))).text == "fine"
+    server.replies = [error(403, "blocked")]
+    with pytest.raises(RowFailed, match="engine_error: PermissionDeniedError"):
+        await started.chat(ask("<script>"))
+
+
+@pytest.mark.parametrize("page", ["<html>log in</html>", "[]", "null", '{"data": 7}'])
+def test_http_refuses_to_start_with_a_server_of_another_kind(
+    server: OpenAIServer, engine: Callable[..., HttpEngine], page: str
+) -> None:
+    server.models = 200, page
+    with pytest.raises(EngineError, match=r"OpenAI-compatible(.|\n)*/v1"):
+        engine()
 
 
 @pytest.mark.parametrize(

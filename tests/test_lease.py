@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -150,6 +151,18 @@ def test_workers_are_told_to_stop_once_their_run_drains_or_is_replaced(
         waiting = threading.Event()
         while not mine.says_stop():
             waiting.wait(0.01)
+
+
+def test_watch_looks_anew_on_each_machine(tmp_path: Path) -> None:
+    """Their clocks begin when they are booted: when one looked says nothing to another."""
+    output = tmp(tmp_path)
+    watch = Watch(output, "first")
+    with Lease(output, "first"):
+        assert not watch.says_stop()
+    with Lease(output, "second"):
+        assert not watch.says_stop(), "it has just looked"
+        again = pickle.loads(pickle.dumps(watch))  # noqa: S301 (our own bytes)
+        assert again.says_stop()
 
 
 def tmp(path: Path) -> Folder:

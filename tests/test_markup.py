@@ -60,7 +60,7 @@ def test_prose_has_no_marks(text: str) -> None:
     assert find_marks(text) == []
 
 
-def test_a_tag_is_its_name_and_its_urls() -> None:
+def test_a_tag_is_its_name_where_it_leads_and_its_placeholders() -> None:
     def tags(text: str) -> list[str]:
         return [mark.text for mark in find_marks(text)]
 
@@ -69,6 +69,14 @@ def test_a_tag_is_its_name_and_its_urls() -> None:
     )
     assert tags('<a href="https://x.y/z">') != tags('<a href="https://x.y/other">')
     assert tags("<br />") == tags("<br/>") != tags("<br>")
+    for target in ("{url}", "%s", "{{ link }}", "mailto:a@b.kr", "/img/a.png", "#top"):
+        link = f'<a href="{target}">'
+        assert tags(link) == [link]
+        assert link not in tags('<a href="">') + tags('<a href="{링크}">')
+    assert tags('<img alt="{name}의 사진" src="a.png">') == tags(
+        "<img src='a.png' alt='Photo of {name}'>"
+    )
+    assert tags('<img alt="Photo of {name}">') != tags('<img alt="사진">')
 
 
 @given(st.lists(st.sampled_from(MARKS + PROSE + ["\n", " "]) | st.text(max_size=5)))

@@ -86,6 +86,17 @@ def test_column_of_any_type_survives_bit_for_bit(
     assert bits(made[name]) == bits(given_[name])
 
 
+def test_timestamps_of_old_spark_keep_their_days(shard: Shard) -> None:
+    """INT96, of any year; in nanoseconds, 64 bits hold 1677 to 2262."""
+    days = [datetime(year, 12, 31, 1, 2, 3, 4) for year in (1, 1582, 1970, 2026, 2262, 9999)]
+    table = pa.table({"text": ["x"] * len(days), "at": pa.array(days, pa.timestamp("us"))})
+    shard.write(table, use_deprecated_int96_timestamps=True)
+    shard.commit(0, len(days))
+    shard.publish(len(days))
+    assert shard.published()["at"].to_pylist() == days
+    assert shard.published().schema.field("at").type == pa.timestamp("us")
+
+
 def test_result_columns_follow_the_input_columns(
     published_odd: tuple[pa.Table, pa.Table],
 ) -> None:

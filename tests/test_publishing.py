@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RefusedError
+import pipeline.merging
+from pipeline.errors import Interrupted, RefusedError
 from pipeline.publishing import Publisher
 from pipeline.records import Counts, Receipt, Unit
 from tests.conftest import PreparedJob
@@ -63,6 +65,24 @@ def test_shards_complete_before_the_run_are_published_by_it(running: Running) ->
         pass
     assert publisher.counts.rows == 80
     assert not running.job.plan().unpublished
+
+
+def test_interrupt_ends_a_merge_that_has_begun(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted = threading.Event()
+    monkeypatch.setattr(pipeline.merging, "interrupted", interrupted)
+    receipts = running.receipts(0)
+    interrupted.set()
+    with pytest.raises(Interrupted), running.publisher() as publisher:
+        for receipt in receipts:
+            publisher.received(receipt)
+    assert not running.job.path("a.parquet").exists()
+    interrupted.clear()
+    running.plan = running.job.plan()
+    with running.publisher():
+        pass
+    assert running.job.table("a.parquet").num_rows == 40
 
 
 def test_input_replaced_while_the_job_runs_is_refused_and_stops_it(

@@ -187,6 +187,37 @@ def test_row_group_of_two_million_rows_is_never_held_whole(tmp_path: Path) -> No
     assert peak < column_bytes // 8
 
 
+READ_FEW = """
+import sys
+from array import array
+import pyarrow as pa
+from pipeline.records import Unit
+from pipeline.source import read_units
+from pipeline.storage import Folder
+
+rows = int(sys.argv[2])
+selected = array("q", [0, rows // 2, rows - 1])
+units = [Unit("a/0", 0, 3)]
+read = read_units(Folder(sys.argv[1]), "a.parquet", ["text"], units, selected)
+print(sum(t.num_rows for _, t in read), pa.default_memory_pool().max_memory())
+"""
+
+
+@pytest.mark.parametrize("group_rows", [50_000, 400_000])
+def test_nothing_is_held_of_what_lies_between_selected_rows(
+    tmp_path: Path, write_parquet: Write, group_rows: int
+) -> None:
+    rows = 400_000
+    texts = [f"{n:0200d}" for n in range(rows)]
+    write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=group_rows)
+    command = [sys.executable, "-c", READ_FEW, str(tmp_path), str(rows)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    read, peak = map(int, done.stdout.split())
+    assert read == 3
+    assert peak < 200 * rows // 2
+
+
 def test_file_that_ends_too_early_is_an_input_error(tmp_path: Path, write_parquet: Write) -> None:
     write_parquet(tmp_path / "a.parquet", TABLE[:10])
     units = [Unit("a/0", 0, 8), Unit("a/0", 8, 16)]

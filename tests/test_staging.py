@@ -145,6 +145,24 @@ def test_changed_source_is_staged_again_while_nothing_is_committed(
     assert plan(job(tmp_path)).rows == 2
 
 
+def test_file_that_is_renamed_to_another_kind_is_read_as_such(
+    tmp_path: Path, job: MakeJob, plan: MakePlan, commit: Callable[..., bool]
+) -> None:
+    path = write(tmp_path / "in/news.txt", WRITTEN["news.jsonl"])
+    config = job(tmp_path)
+    plan(config)
+    path = path.rename(path.with_suffix(".jsonl"))
+    made = plan(config)
+    [shard] = made.shards
+    with shard.shard.source.open(shard.shard.path) as file:
+        assert pq.read_table(file).column_names == ["id", "text"]
+    commit(Folder(config.output.path), next(iter(shard.units())), made.identity,
+           shard.shard.fingerprint)  # fmt: skip
+    path.rename(path.with_suffix(".txt"))
+    with pytest.raises(RefusedError, match=r"news\.parquet.*: its input file has changed"):
+        plan(config)
+
+
 def test_local_dataset_becomes_parquet_once(tmp_path: Path, job: MakeJob, plan: MakePlan) -> None:
     write(tmp_path / "corpus/train.jsonl", WRITTEN["news.jsonl"])
     write(tmp_path / "corpus/test.jsonl", '{"id": 9, "text": "test"}\n')

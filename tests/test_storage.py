@@ -225,6 +225,21 @@ def test_files_are_found_and_hidden_ones_skipped(
     assert all(root.read(entry.path).decode().endswith(entry.path) for entry in entries)
 
 
+@pytest.mark.s3
+@pytest.mark.parametrize("pattern", ["", "/", "/sub", "/sub/", "/**", "/*"])
+def test_object_that_stands_for_a_folder_is_no_file(s3_url: str, pattern: str) -> None:
+    folder = Folder(f"{s3_url}/{uuid.uuid4().hex}")
+    put(folder, "sub/c.parquet")
+    for name in ("", "sub", "empty"):
+        folder.filesystem.pipe_file(f"{folder.full(name)}/", b"")
+    assert [entry.path for entry in folder.list()] == ["sub/c.parquet"]
+    if pattern != "/*":
+        assert [path[-9:] for path in found(folder.url + pattern)] == ["c.parquet"]
+    else:
+        with pytest.raises(InputError):
+            found(folder.url + pattern)
+
+
 @pytest.mark.parametrize("pattern", ["", "/*", "/*.parquet", "/b.parquet"])
 def test_link_is_the_file_that_it_leads_to(tmp_path: Path, pattern: str) -> None:
     """As in the folders that huggingface_hub downloads to."""

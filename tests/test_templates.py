@@ -36,10 +36,18 @@ def test_row_text_comes_out_as_it_is_and_is_never_a_template(title: str, body: s
         ("{% if price is none or price > 3 %}x{% endif %}", ["price"]),
         ("{% set x = a.b %}{{ x }}{{ range(3) }}", ["a"]),
         ("{{ dict }}{{ lipsum }}", ["dict", "lipsum"]),
+        ("{{ namespace }}{% if range > 3 %}x{% endif %}", ["namespace", "range"]),
+        ("{% set n = namespace(x=1) %}{% set n.x = a %}{{ n.x }}", ["a"]),
+        ("{% for range in a %}{{ range }}{% endfor %}", ["a"]),
     ],
 )
 def test_columns_are_the_names_that_a_row_must_have(source: str, columns: list[str]) -> None:
     assert Template(source).columns == columns
+
+
+def test_a_column_may_have_the_name_of_a_function() -> None:
+    template = Template("{{ namespace }}{% if namespace == 'prod' %}!{% endif %}")
+    assert template.render({"namespace": "prod"}) == "prod!"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +60,7 @@ def test_columns_are_the_names_that_a_row_must_have(source: str, columns: list[s
         ("{{ a is odder }}", "line 1: No test named 'odder'"),
         ("\n{% include 'secrets' %}", "line 2: a template can't use another file"),
         ("{% extends a %}", "line 1: a template can't use another file"),
+        ("{{ range }}\n{{ range(3) }}", "line 2: `range` is a column elsewhere, no function"),
     ],
 )
 def test_what_is_no_template_is_refused_with_its_line(source: str, message: str) -> None:

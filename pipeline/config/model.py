@@ -15,6 +15,8 @@ DEMO = "demo"
 
 MAX_NUM_SEQS = 256
 """Requests that one replica computes at once, where the job file does not say."""
+HTTP_MAX_NUM_SEQS = 64
+"""That one replica has in flight to a server, which others may ask too."""
 
 
 def sound_engine_options(engine: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +141,8 @@ class ModelConfig(Section):
     def max_num_seqs(self) -> int:
         """Requests that one replica computes at once. vLLM's own default (128 when started
         from Python) starves a large GPU, so it is always set."""
-        return int(self.engine.get("max_num_seqs", MAX_NUM_SEQS))
+        default = HTTP_MAX_NUM_SEQS if self.backend == "http" else MAX_NUM_SEQS
+        return int(self.engine.get("max_num_seqs", default))
 
 
 class SamplingConfig(Section):

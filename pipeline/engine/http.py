@@ -12,7 +12,7 @@ import openai
 from pydantic import Field
 
 from pipeline.accounting import Usage
-from pipeline.config.model import ModelConfig
+from pipeline.config.model import HTTP_MAX_NUM_SEQS, ModelConfig
 from pipeline.config.section import Section
 from pipeline.engine import DEFAULT_CONTEXT, half_of_bytes
 from pipeline.errors import EngineError, RowFailed, RowRejected
@@ -21,12 +21,14 @@ from pipeline.meter import Meter
 from pipeline.records import Completion
 
 PROBE_TIMEOUT_S, PROBE_RETRIES = 20, 2
+NO_LIST = (AttributeError, TypeError, ValueError)
+"""What the client raises of a model list that is none: a web page, say."""
 
 
 class HttpOptions(Section):
     """Options under `model.engine`."""
 
-    max_num_seqs: int = Field(64, ge=1)
+    max_num_seqs: int = Field(HTTP_MAX_NUM_SEQS, ge=1)
     """Requests in flight to the server, per replica."""
 
     timeout: float = Field(600.0, gt=0)
@@ -122,7 +124,9 @@ class HttpEngine:
         client = self._client.with_options(timeout=PROBE_TIMEOUT_S, max_retries=PROBE_RETRIES)
         try:
             served = [entry.id async for entry in client.models.list()]
-        except openai.OpenAIError:
+        except openai.NotFoundError:  # it has no model list
+            return self.meter.read().usage.requests > 0
+        except (openai.OpenAIError, *NO_LIST):
             return False
         return not served or self._model.id in served
 
@@ -161,6 +165,11 @@ def check_server(model: ModelConfig) -> int | None:
         ) from None
     except openai.NotFoundError:
         return None  # a server without a model list; the first request will tell
+    except NO_LIST:
+        raise EngineError(
+            f"{model.base_url}: does not answer as an OpenAI-compatible server does",
+            "Mend `model.base_url`; it is likely to end in /v1.",
+        ) from None
     except openai.OpenAIError as error:
         raise EngineError(
             f"{model.base_url}: no answer ({error})", "Start the server or mend `model.base_url`."

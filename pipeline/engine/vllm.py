@@ -160,15 +160,27 @@ class VllmEngine:
         self._llm.shutdown()
 
     async def _start_serving(self) -> Any:
-        """vLLM's serving objects want the running event loop, which __init__ doesn't have."""
+        """vLLM's serving objects want the running event loop, which __init__ doesn't have. Here
+        vLLM first looks at some options.
+
+        Raises EngineGone, ModelError.
+        """
         from starlette.datastructures import State
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.exceptions import VLLMClientError
 
         async with self._starting:
             if self._serving is None:
                 state = State()
-                tasks = await self._llm.get_supported_tasks()
-                await init_app_state(self._llm, state, self._args, tasks)
+                try:
+                    tasks = await self._unless_silent(self._llm.get_supported_tasks())
+                    await init_app_state(self._llm, state, self._args, tasks)
+                except self._dead as error:
+                    raise EngineGone(_first_line(error)) from error
+                except (VLLMClientError, OSError, TypeError, ValueError) as error:
+                    raise ModelError(
+                        f"model.engine: {_first_line(error)}", OPTIONS_ARE_VLLMS
+                    ) from error
                 self._serving = state.openai_serving_chat
         return self._serving
 

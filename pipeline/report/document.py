@@ -90,7 +90,7 @@ def make_report(
         },
         "baseline": accounting.baseline,
         "texts": _texts(account, job.output.column),
-        "money": _money(job, status, lost, gpu_s, state == "running"),
+        "money": _money(job, status, _beside(counts.usage, used, lost), gpu_s, state == "running"),
         "time": _time(runs, status, gpu_s, state == "running"),
         "plan": _plan(expected),
         "runs": [_run(run) for run in runs],
@@ -199,14 +199,25 @@ def _interval(interval: Interval | None) -> dict[str, float] | None:
     return interval._asdict() if interval else None
 
 
+def _beside(committed: Usage, used: Usage, lost: Usage) -> Usage:
+    """What the engines computed beside what rows have: what runs say was lost, or more, where rows
+    were done again and the results of before are no more."""
+    return Usage(
+        **{
+            name: max(tokens, getattr(used, name) - getattr(committed, name))
+            for name, tokens in asdict(lost).items()
+        }
+    )
+
+
 def _money(
-    job: JobConfig, status: Status, lost: Usage, gpu_s: float, is_running: bool
+    job: JobConfig, status: Status, beside: Usage, gpu_s: float, is_running: bool
 ) -> dict[str, Any] | None:
     """What was computed for nothing has been paid for too. What is to come is taken to cost as much
     per row as what was done."""
     counts = status.counts
     texts, column = counts.account.texts, job.output.column
-    spent = money(job.accounting, counts.usage, lost, gpu_s, texts, column, counts.rows)
+    spent = money(job.accounting, counts.usage, beside, gpu_s, texts, column, counts.rows)
     if spent is None:
         return None
     left, cost = status.plan.rows - counts.rows, spent["cost"]

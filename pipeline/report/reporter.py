@@ -107,9 +107,14 @@ class Reporter:
         """Called with each receipt."""
         if time.monotonic() < self._next or (self._writing and not self._writing.done()):
             return
-        if self._plan.is_retry or self._ledger is None or self._before is None:
-            return  # rows of a retry are among those counted before
+        if self._ledger is None or not (self._plan.is_retry or self._before):
+            return
         self._next = time.monotonic() + EVERY_S
+        record = self._record("running")
+        if self._before is None:
+            # Rows of a retry are among those counted before: there is no report of them yet.
+            self._writing = self._pool.submit(self._keep, self._ledger, record)
+            return
         counts = Counts()
         counts.add(self._before.counts)
         counts.add(self._progress.counts)
@@ -117,7 +122,6 @@ class Reporter:
             # The second lane's are all that wait, those too that waited before this run.
             counts.deferred = self._progress.counts.deferred
         status = replace(self._before, counts=counts)
-        record = self._record("running")
         self._writing = self._pool.submit(self._write_live, self._ledger, status, record)
 
     def __exit__(
@@ -165,11 +169,15 @@ class Reporter:
                 self._expected = estimate.to_json()
                 self._output.replace(PLAN_FILE, json.dumps(self._expected, indent=1).encode())
 
-    def _write_live(self, ledger: Ledger, status: Status, record: dict[str, Any]) -> None:
+    def _keep(self, ledger: Ledger, record: dict[str, Any]) -> None:
         """In a thread too: so all that grows meanwhile has been copied for it."""
-        with _never_mind("the report is not written"):
+        with _never_mind("the run's record is not written"):
             ledger.read_the_dead()
             store_record(self._output, ledger.run, record)
+
+    def _write_live(self, ledger: Ledger, status: Status, record: dict[str, Any]) -> None:
+        self._keep(ledger, record)
+        with _never_mind("the report is not written"):
             runs = [*self._runs_before, record]
             job, task, output = self._job, self._task, self._output
             store_report(make_report(job, status, runs, self._expected, output, task), output)

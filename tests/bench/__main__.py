@@ -28,7 +28,7 @@ from tests.bench.workloads import LENGTHS, WORKLOADS, Body, requests
 
 OUT = Path("out/bench")
 REPEATS = 5
-PAIR_ROWS, LOG_NORMAL_ROWS = 112, 256
+PAIR_ROWS, LOG_NORMAL_ROWS = 96, 256
 """More of the workload that the goal is about: the end of a run, when the engine is no longer full,
 is the smaller a part."""
 

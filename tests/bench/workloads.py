@@ -88,8 +88,8 @@ def duplicates(dice: random.Random, rows: int) -> list[Body]:
 
 
 def long_rows(dice: random.Random, rows: int) -> list[Body]:
-    """Answers of 16 tokens, and of 512 once in fifty rows."""
-    return [body(sentence(dice, 12), 512 if row % 50 == 40 else 16) for row in range(rows)]
+    """Answers of 16 tokens, and of 256 once in fifty rows."""
+    return [body(sentence(dice, 12), 256 if row % 50 == 40 else 16) for row in range(rows)]
 
 
 WORKLOADS: dict[str, Callable[[random.Random, int], list[Body]]] = {
