@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,6 +35,8 @@ READER_CPUS = 0
 """None are reserved: when a machine dies, what it had read is read again, and where all that live
 are full of replicas, nothing could be."""
 CONNECT_TIMEOUT_S = 10
+LOOK_S = 2
+"""Between two looks at a cluster that is to grow."""
 START_A_CLUSTER = (
     "Start a cluster with `ray start --head`, or unset `cluster.address` and RAY_ADDRESS."
 )
@@ -111,11 +115,14 @@ def replica_resources(job: JobConfig, lane: Lane, units: int) -> Resources:
         ClusterError: there is too little room for the replicas.
         ModelError: one replica needs more than the largest machine has.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     model, wanted = lane.model, job.cluster.range
     most = max(1, min(wanted.max, units))
     replicas = ReplicaRange(min=min(wanted.min, most), max=most)
     world = model.world_size
+    if job.cluster.wait_s and model.backend == "vllm":
+        cpus = job.cluster.cpus_per_replica  # only engines without a GPU have them
+        await_machines({"CPU": cpus} if cpus else {"GPU": world}, replicas.min, job.cluster.wait_s)
+    nodes = _resources_of_nodes()
     gpus = [int(node.get("GPU", 0)) for node in nodes]
     if model.backend == "vllm" and any(gpus):
         if world > max(gpus):
@@ -127,7 +134,8 @@ def replica_resources(job: JobConfig, lane: Lane, units: int) -> Resources:
             raise ClusterError(
                 f"cluster.replicas: {replicas.min} replicas of {world} GPUs do not fit; "
                 f"there is room for {room}",
-                "Lower `cluster.replicas`, or wait for the cluster to grow.",
+                "Lower `cluster.replicas`; or, where the cluster grows by itself, let it have the "
+                "time with `cluster.wait_s`.",
             )
         return Resources(world, 1, replicas)
     cores = max((math.floor(node.get("CPU", 0)) for node in nodes), default=0)
@@ -144,6 +152,29 @@ def replica_resources(job: JobConfig, lane: Lane, units: int) -> Resources:
         raise _too_large(world, f"this machine has no GPU and {largest} cores")
     share = largest // math.ceil(replicas.max / max(1, len(nodes)))
     return Resources(0, cpus or max(world, share), replicas)
+
+
+def await_machines(replica: dict[str, int], replicas: int, wait_s: float) -> None:
+    """Ask the cluster to grow until so many replicas fit, each on one machine, and wait for that,
+    `wait_s` at most."""
+    from ray.autoscaler.sdk import request_resources
+
+    [(resource, amount)] = replica.items()
+
+    def room() -> int:
+        return sum(int(node.get(resource, 0)) // amount for node in _resources_of_nodes())
+
+    request_resources(bundles=[replica] * replicas)
+    try:
+        deadline, waiting = time.monotonic() + wait_s, threading.Event()
+        while room() < replicas and time.monotonic() < deadline:
+            waiting.wait(LOOK_S)
+    finally:
+        request_resources(bundles=[])  # a standing wish would keep machines that are idle
+
+
+def _resources_of_nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _too_large(world: int, limit: str) -> ModelError:

@@ -323,7 +323,8 @@ def _start_engine(spec: WorkerSpec) -> Engine:
     except EngineError as error:
         # vLLM's own processes have logged the reason; what reaches us only says that there is one.
         cause = root_cause(spec.log, log_size) or str(error.args[0])
-        hint = error.hint or f"The log says more: {spec.log}"
+        place = spec.log if spec.output.is_local else f"{socket.gethostname()}:{spec.log}"
+        hint = error.hint or f"The log says more: {place}"
         raise EngineError(f"the engine did not start: {cause}", hint) from error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray.autoscaler.sdk
 
 from pipeline import cluster
 from pipeline.config import JobConfig
@@ -110,6 +111,29 @@ def test_replica_of_more_cpus_than_the_largest_machine_is_refused(
     assert share(32).cpus == 32
     with pytest.raises(ClusterError, match="is 33, but the largest machine has 32 CPUs"):
         share(33)
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_cluster_without_gpus_is_asked_for_them_where_it_may_take_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grows: bool
+) -> None:
+    head = {"Alive": True, "Resources": {"CPU": 4.0}}
+    nodes: list[dict[str, Any]] = [head]
+    asked: list[list[dict[str, int]]] = []
+
+    def ask(bundles: list[dict[str, int]]) -> None:
+        asked.append(bundles)
+        if grows and bundles:
+            nodes[1:] = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}} for _ in bundles]
+
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", ask)
+    monkeypatch.setattr(cluster, "LOOK_S", 0.01)
+    model = model_of(tmp_path, engine={"tensor_parallel_size": 8})
+    job = make_job(tmp_path, cluster={"replicas": {"min": 2, "max": 3}, "wait_s": 0.05})
+    with pytest.raises(ModelError, match="the largest machine has 4 GPUs" if grows else "no GPU"):
+        cluster.replica_resources(job, first_lane(model), units=1000)
+    assert asked == [[{"GPU": 8}] * 2, []]
 
 
 @pytest.mark.parametrize(("units", "least", "most"), [(1, 1, 1), (3, 2, 3), (100, 2, 8)])

@@ -42,7 +42,8 @@ class Job:
     def __init__(self, folder: Path, **changes: dict[str, Any]) -> None:
         self.folder = folder
         limits = {"limits": {"max_failed_fraction": 1.0}}
-        self.config: JobConfig = make_job(folder, input={"rows_per_unit": 3}, **limits, **changes)
+        changes["input"] = {"rows_per_unit": 3} | changes.get("input", {})
+        self.config: JobConfig = make_job(folder, **limits, **changes)
         self.output = Folder(self.config.output.path)
 
     def write(self, name: str, texts: list[str | None]) -> None:

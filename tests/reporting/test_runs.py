@@ -21,8 +21,9 @@ from pipeline.config.model import ModelConfig
 from pipeline.engine.echo import EchoEngine
 from pipeline.errors import ClusterError, Interrupted
 from pipeline.lease import LEASE
-from pipeline.report.reporter import PLAN_FILE, read_runs
+from pipeline.report.reporter import PLAN_FILE, read_runs, store_record
 from pipeline.retry import Retry
+from pipeline.storage import Folder
 from tests.faults.without_ray import receipts_here
 from tests.reporting.conftest import Job, captured, fail_on, stop_after, usage_of
 from tests.runs import Job as CommandLine
@@ -164,9 +165,18 @@ def test_retry_leaves_exact_totals_and_what_the_first_attempt_wasted(
     first = job.report
     wasted = usage_of([row for row in job.rows() if row["_status"] == "failed"])
     monkeypatch.setattr(pipeline.report.reporter, "EVERY_S", 0.0)  # and no live report of a retry
-    live = captured(monkeypatch, job)
+    live, kept = captured(monkeypatch, job), []
+
+    def keep(output: Folder, run: str, record: dict[str, Any]) -> None:
+        kept.append(record)
+        store_record(output, run, record)
+
+    monkeypatch.setattr(pipeline.report.reporter, "store_record", keep)
     job.run(Retry("failed", None))
     assert [report["state"] for report, _ in live] == ["done"]
+    assert [record["state"] for record in kept] == ["running"] * (len(kept) - 1) + ["done"]
+    done = [record["this_run"]["rows"] for record in kept]
+    assert done[0] == 0 < done[1] < done[-1], "it would be missed, should the run be killed"
     job.check(job.report)
     assert job.report["rows"]["failed"] == 0
     assert job.report["tokens"]["wasted"]["not_ok"] == asdict(wasted)
@@ -176,6 +186,23 @@ def test_retry_leaves_exact_totals_and_what_the_first_attempt_wasted(
     columns = {text["column"]: text["texts"] for text in job.report["texts"]}
     assert columns == {"text": 27, "ko": 27}
     assert job.report["plan"] == first["plan"]
+
+
+def test_what_is_done_again_is_paid_for_again(tmp_path: Path) -> None:
+    prices = {"input": 1.0, "output": 1.0}
+    job = Job(tmp_path, input={"on_change": "reprocess"}, accounting={"prices": prices})
+    job.write("a.parquet", ["one", "two"])
+    job.run()
+    first = job.report["money"]["cost"]
+    job.write("a.parquet", ["three", "four", "five"])
+    job.run()
+    engine = job.report["tokens"]["engine"]
+    paid = engine["prompt_tokens"] + engine["completion_tokens"]
+    assert job.report["money"]["cost"] == pytest.approx(paid / 1e6)
+    committed = usage_of(job.rows())
+    assert paid / 1e6 == pytest.approx(
+        first + (committed.prompt_tokens + committed.completion_tokens) / 1e6
+    )
 
 
 def test_job_without_any_run_has_a_report_and_may_run_after_it(job: Job) -> None:
