@@ -221,6 +221,7 @@ def test_reprocess_does_a_changed_file_again_and_no_other(
     assert not output_of(config).list("_axbatch/parts")
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".pq"])
 @pytest.mark.parametrize("published", [False, True])
 def test_vanished_input_is_refused_and_kept_with_reprocess(
     tmp_path: Path,
@@ -229,20 +230,21 @@ def test_vanished_input_is_refused_and_kept_with_reprocess(
     write_parquet: Write,
     commit: Commit,
     published: bool,
+    suffix: str,
 ) -> None:
     for name in ("here", "sub/gone"):
-        write_parquet(tmp_path / f"in/{name}.parquet", texts(9))
+        write_parquet(tmp_path / f"in/{name}{suffix}", texts(9))
     config = job(tmp_path)
     made = plan(config)
     commit_all(config, made, commit)
     if published:
         publish_shard(config, made, made.shards[1])
-    (tmp_path / "in/sub/gone.parquet").unlink()
-    with pytest.raises(RefusedError, match=r"sub/gone\.parquet: its input file is not among"):
+    (tmp_path / f"in/sub/gone{suffix}").unlink()
+    with pytest.raises(RefusedError, match=rf"sub/gone\{suffix}: its input file is not among"):
         plan(config)
     before = output_of(config).list()
     kept = plan(job(tmp_path, input={"on_change": "reprocess"}))
-    assert [shard.shard.name for shard in kept.shards] == ["here.parquet"]
+    assert [shard.shard.name for shard in kept.shards] == [f"here{suffix}"]
     assert output_of(config).list() == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import json
 import shutil
@@ -150,6 +151,23 @@ async def test_unknown_engine_option_names_the_nearest() -> None:
     assert "max_model_len" in error.value.hint
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("chat_template", "no/such/template.jinja", "no/such/template"),
+        ("tool_call_parser", "no_such_parser", "no_such_parser"),
+    ],
+)
+async def test_what_the_serving_layer_refuses_is_a_mistake_in_the_job_and_no_rows(
+    demo: VllmEngine, option: str, value: str, says: str
+) -> None:
+    engine = copy.copy(demo)
+    engine._serving, engine._args = None, copy.copy(demo._args)
+    setattr(engine._args, option, value)
+    with pytest.raises(ModelError, match=says):
+        await engine.chat({"messages": [{"role": "user", "content": "Hi."}], "max_tokens": 1})
+
+
 async def test_bfloat16_engine_agrees_with_transformers_and_its_death_is_noticed() -> None:
     import psutil
 
@@ -174,6 +192,9 @@ async def test_bfloat16_engine_agrees_with_transformers_and_its_death_is_noticed
     core.kill()
     outcomes = await asyncio.wait_for(asking, timeout=30)
     assert any(isinstance(outcome, EngineGone) for outcome in outcomes)
+    engine._serving = None
+    with pytest.raises(EngineGone):
+        await engine.chat({"messages": asked[0]})
 
 
 def is_core(process: Any) -> bool:
