@@ -25,7 +25,7 @@ setup: $(READY)
 # The stamp is written last: its existence means that the environment is complete.
 $(READY): infra/requirements-cpu.txt pyproject.toml Makefile
 	@echo "Setting up .venv (a few minutes the first time) ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -c "from importlib.metadata import version; exit('torch==' + version('torch') != '$(TORCH)')" 2>/dev/null \
 		|| $(PIP) "$(TORCH)" 2>/dev/null \
 		|| $(PIP) --index-url $(TORCH_INDEX) "$(TORCH)"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.config.section import check_json
 from pipeline.conversations import (
     MESSAGE_TYPE,
     MESSAGES_TYPE,
@@ -21,6 +22,7 @@ from pipeline.conversations import (
 )
 from pipeline.errors import RowRejected
 from pipeline.records import Completion, Message, Output, Row
+from pipeline.schemas import check_values
 from pipeline.task import Generate, Task
 from pipeline.tools import Toolbox, converse, import_function, name_of
 
@@ -97,9 +99,18 @@ class Chat(Task):
     def _tools_are_defined(cls, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
         if tools == []:
             raise ValueError("names none; leave it out, or put definitions here")
+        check_json(tools)
+        check_values(tools)
         for tool in tools or []:
             name_of(tool)
         return tools
+
+    @field_validator("response_format")
+    @classmethod
+    def _format_is_json(cls, response_format: dict[str, Any] | None) -> dict[str, Any] | None:
+        check_json(response_format)
+        check_values(response_format)
+        return response_format
 
     @field_validator("functions")
     @classmethod
@@ -144,7 +155,10 @@ class Chat(Task):
         return Toolbox(self.functions, self.tools or [], self.tool_timeout_s)
 
     def identity(self) -> dict[str, Any]:
-        return {**self.model_dump(), "tools": self._toolbox.definitions}
+        # As text, in which things have an order: the model answers by it.
+        told = {"tools": self._toolbox.definitions, "response_format": self.response_format}
+        as_text = {key: json.dumps(value, ensure_ascii=False) for key, value in told.items()}
+        return {**self.model_dump(), **as_text}
 
     async def run(self, row: Row, generate: Generate) -> Output:
         if self.body is not None:
@@ -171,8 +185,10 @@ class Chat(Task):
         """What each request of this row has beside its messages and the job's sampling."""
         options = {key: getattr(self, key) for key in REQUEST_KEYS}
         options["tools"] = self._toolbox.definitions
-        if self.tools_column is not None and row[self.tools_column] is not None:
-            options["tools"] = check_tools(value_of(row, self.tools_column), generate.clean)
+        if self.tools_column is not None:
+            own = row[self.tools_column]
+            if own is not None and not (isinstance(own, str) and own.strip() in ("", "null")):
+                options["tools"] = check_tools(value_of(row, self.tools_column), generate.clean)
         if not options["tools"]:
             # Engines refuse an empty list, and a choice where there is none.
             free = options["tool_choice"] in ("auto", "none")

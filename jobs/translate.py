@@ -28,6 +28,9 @@ to ko: 0.93 (NTREX news, 56,149 tokens), 0.94 (Django's documentation, 156,294),
 50,803) with A.X 3.1's tokenizer; 0.99 to 1.06 of the same, and 0.83 to 1.10 on sentences like
 those that it was made for, with the embedded model's."""
 
+WITHOUT_SPACES = ("ja", "km", "lo", "my", "th", "zh")
+"""Languages that write no space between words, or between sentences."""
+
 ANY_LANGUAGES = (0.4, 3.0)
 """The same of other pairs. Not measured: a tokenizer may have hardly a word of a language."""
 
@@ -94,7 +97,15 @@ class Translate(LongTextTask):
             answers = await self._one_by_one(pieces, generate)
         else:
             answers = await at_once(self._piece(chunk, [], generate) for chunk in pieces.chunks)
-        return Output(pieces.join(answers))
+        return Output(pieces.join(answers, self._space))
+
+    @property
+    def _space(self) -> str:
+        """What comes between two pieces that nothing is between in the text."""
+        source, target = (
+            tag.partition("-")[0].lower() in WITHOUT_SPACES for tag in (self.source, self.target)
+        )
+        return " " if source and not target else ""
 
     async def _one_by_one(self, pieces: Split, generate: Generate) -> list[str]:
         answers: list[str] = []
@@ -115,9 +126,8 @@ class Translate(LongTextTask):
             smaller = cut_smaller(chunk.text, self.source) if self.overflow == "chunk" else None
             if error.code not in MAY_GO_BETTER_SMALLER or smaller is None:
                 raise
-        return smaller.join(
-            await at_once(self._translated(part, before, generate) for part in smaller.chunks)
-        )
+        parts = await at_once(self._translated(part, before, generate) for part in smaller.chunks)
+        return smaller.join(parts, self._space)
 
     async def _translated(self, chunk: Chunk, before: list[Message], generate: Generate) -> str:
         """The model's answer. If its markup is not the text's, another one, after a reminder."""
@@ -126,12 +136,13 @@ class Translate(LongTextTask):
         user: Message = {"role": "user", "content": chunk.text}
         system: Message = {"role": "system", "content": self.system_prompt}
         answer = finished_text(await generate([system, *before, user]))
-        loss = markup_loss(chunk.text, answer)
+        # The text has been made safe, and its marks with it; so the answer's are compared like it.
+        loss = markup_loss(chunk.text, generate.clean(answer))
         if loss:
             reminder = generate.clean(loss.reminder)
             system = {"role": "system", "content": f"{self.system_prompt}\n{reminder}"}
             answer = finished_text(await generate([system, *before, user]))
-            loss = markup_loss(chunk.text, answer)
+            loss = markup_loss(chunk.text, generate.clean(answer))
         if loss:
             raise RowRejected(loss.reason)
         return answer

@@ -48,19 +48,26 @@ class Split(NamedTuple):
     separators: tuple[str, ...]
     """Whitespace, often none: before the first chunk, between them, behind the last."""
 
-    def join(self, texts: Sequence[str] | None = None) -> str:
-        """The text again, or `texts` in the places of its chunks."""
+    def join(self, texts: Sequence[str] | None = None, between: str = "") -> str:
+        """The text again, or `texts` in the places of its chunks; with `between` where nothing is
+        between two chunks of prose."""
         if texts is None:
             texts = [chunk.text for chunk in self.chunks]
-        parts = [self.separators[0]]
-        for text, separator in zip(texts, self.separators[1:], strict=True):
+        separators = [*self.separators]
+        for index, (before, after) in enumerate(pairwise(self.chunks), start=1):
+            if not (before.is_verbatim or after.is_verbatim):
+                separators[index] = separators[index] or between
+        parts = [separators[0]]
+        for text, separator in zip(texts, separators[1:], strict=True):
             parts += [text, separator]
         return "".join(parts)
 
 
 def whole(text: str) -> Split:
     """`text` as it is, in one chunk."""
-    return Split((Chunk(text),), ("", ""))
+    first, last = _skip_space(text, 0), len(text.rstrip())
+    is_code = any(start <= first and last <= stop for start, stop in fenced_blocks(text))
+    return Split((Chunk(text, is_code),), ("", ""))
 
 
 def surely_fits(text: str, budget: int) -> bool:
@@ -88,9 +95,9 @@ def split(text: str, budget: int, count: Count, language: str = "en") -> Split:
     while start < len(text):
         stop = outline.cut(start)
         chunk = text[start:stop].rstrip()
+        stop = start + len(chunk)
         is_verbatim = outline.is_code(start, stop) or not any(map(str.isalnum, chunk))
         chunks.append(Chunk(chunk, is_verbatim))
-        stop = start + len(chunk)
         start = _skip_space(text, stop)
         separators.append(text[stop:start])
     return Split(tuple(chunks), tuple(separators))

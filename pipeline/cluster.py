@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from pipeline.config import JobConfig
 from pipeline.config.model import ModelConfig
 from pipeline.config.running import ReplicaRange
+from pipeline.engine.cores import usable_cores
 from pipeline.errors import ClusterError, ModelError
 from pipeline.lanes import Lane
 from pipeline.plan import Plan
@@ -103,7 +103,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _local_cpus(job: JobConfig) -> int:
-    cores = len(os.sched_getaffinity(0))
+    cores = len(usable_cores())
     return max(cores, (job.cluster.cpus_per_replica or 1) * job.cluster.range.max)
 
 
@@ -119,9 +119,8 @@ def replica_resources(job: JobConfig, lane: Lane, units: int) -> Resources:
     most = max(1, min(wanted.max, units))
     replicas = ReplicaRange(min=min(wanted.min, most), max=most)
     world = model.world_size
-    if job.cluster.wait_s and model.backend == "vllm":
-        cpus = job.cluster.cpus_per_replica  # only engines without a GPU have them
-        await_machines({"CPU": cpus} if cpus else {"GPU": world}, replicas.min, job.cluster.wait_s)
+    if job.cluster.wait_s and model.backend == "vllm" and cluster_address(job):
+        await_gpus(world, 1 if lane.is_second else replicas.min, job.cluster.wait_s)
     nodes = _resources_of_nodes()
     gpus = [int(node.get("GPU", 0)) for node in nodes]
     if model.backend == "vllm" and any(gpus):
@@ -147,27 +146,27 @@ def replica_resources(job: JobConfig, lane: Lane, units: int) -> Resources:
         )
     if model.backend != "vllm":
         return Resources(0, cpus or 1, replicas)
-    largest = min(cores, len(os.sched_getaffinity(0))) if len(nodes) == 1 else cores
+    largest = min(cores, len(usable_cores())) if len(nodes) == 1 else cores
     if world > largest:
         raise _too_large(world, f"this machine has no GPU and {largest} cores")
     share = largest // math.ceil(replicas.max / max(1, len(nodes)))
     return Resources(0, cpus or max(world, share), replicas)
 
 
-def await_machines(replica: dict[str, int], replicas: int, wait_s: float) -> None:
-    """Ask the cluster to grow until so many replicas fit, each on one machine, and wait for that,
-    `wait_s` at most."""
+def await_gpus(world: int, replicas: int, wait_s: float) -> None:
+    """Have the cluster grow until so many replicas of `world` GPUs fit, each on one machine; wait
+    for that, `wait_s` at most."""
     from ray.autoscaler.sdk import request_resources
 
-    [(resource, amount)] = replica.items()
-
     def room() -> int:
-        return sum(int(node.get(resource, 0)) // amount for node in _resources_of_nodes())
+        return sum(int(node.get("GPU", 0)) // world for node in _resources_of_nodes())
 
-    request_resources(bundles=[replica] * replicas)
+    deadline, waiting = time.monotonic() + wait_s, threading.Event()
     try:
-        deadline, waiting = time.monotonic() + wait_s, threading.Event()
         while room() < replicas and time.monotonic() < deadline:
+            # Again and again: there is one wish for the whole cluster, and once Ray Data has run
+            # on it, a coordinator of its own forgets ours every 20 s.
+            request_resources(bundles=[{"GPU": world}] * replicas)
             waiting.wait(LOOK_S)
     finally:
         request_resources(bundles=[])  # a standing wish would keep machines that are idle

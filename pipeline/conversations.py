@@ -88,6 +88,8 @@ def check_body(value: Any, clean: Clean) -> dict[str, Any]:
     if value.get("stream"):
         raise RowRejected("bad_request: `stream` does not go with a batch; leave it out")
     body: dict[str, Any] = cleaned(value, clean)
+    # What is compared with the answer, and is in no prompt.
+    body |= {key: value[key] for key in ("stop", "bad_words") if key in value}
     body["messages"] = check_messages(value.get("messages"), clean)
     if body.get("tools") is not None:
         body["tools"] = check_tools(value["tools"], clean)

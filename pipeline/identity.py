@@ -52,7 +52,7 @@ def _deciding(engine: dict[str, Any]) -> dict[str, Any]:
     deciding = {
         name: value
         for name, value in absolute_options(engine).items()
-        if name not in EXECUTION_OPTIONS
+        if name not in EXECUTION_OPTIONS or (name, value) == ("load_format", "dummy")
     }
     template = deciding.get("chat_template")
     if is_template_file(template) and (file := Path(str(template))).is_file():
@@ -96,7 +96,7 @@ def identity_hash(fields: dict[str, Any]) -> str:
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             flat.update(_flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value

@@ -45,12 +45,32 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not valid YAML"
         raise JobFileError(f"{path}{line}: not valid YAML: {problem}") from None
+    tree = _with_whole_characters(tree, path)
     if not isinstance(tree, dict):
         raise JobFileError(
             f"{path}: is not a job file (no keys at the top)",
             "A job file starts with `name:`; see configs/ for files to copy.",
         )
     return tree
+
+
+def _with_whole_characters(value: Any, path: Path) -> Any:
+    r"""`value` with each \ud83d\ude00 as the one character that JSON means by it; YAML takes it
+    for two halves. Raises JobFileError for a half alone."""
+    match value:
+        case str():
+            try:
+                return value.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                raise JobFileError(f"{path}: holds half a character (\\ud800 to \\udfff)") from None
+        case list():
+            return [_with_whole_characters(item, path) for item in value]
+        case dict():
+            return {
+                _with_whole_characters(key, path): _with_whole_characters(item, path)
+                for key, item in value.items()
+            }
+    return value
 
 
 MERGE = "tag:yaml.org,2002:merge"

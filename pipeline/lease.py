@@ -15,6 +15,7 @@ the output is exact because parts and published files are (parts.py), whoever wr
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -34,6 +35,7 @@ LEASE = "_axbatch/lease.json"
 BEAT_S = 5.0
 SILENCE_S = 30.0
 LOOK_S = 1.0
+READS = 5
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,15 @@ class Watch:
 
 def read_holder(output: Folder) -> Holder | None:
     """Who holds the output, or held it when its process died."""
-    try:
-        return Holder(**json.loads(output.read(LEASE)))
-    except FileNotFoundError:
-        return None
+    for reads_left in range(READS, 0, -1):
+        try:
+            return Holder(**json.loads(output.read(LEASE)))
+        except FileNotFoundError:
+            return None
+        except StorageError as error:
+            if not reads_left > 1 or getattr(error.__cause__, "errno", None) != errno.ESTALE:
+                raise  # on NFS, a file that is replaced between opening and reading it is stale
+    raise AssertionError("READS is 1 at least")
 
 
 def _started(pid: int) -> str | None:

@@ -81,7 +81,8 @@ _HINTS = ("`", "<", "{", "%", "@", "://", "www.", "](", "~~~")
 _COMMAND = re.compile(r"\\[A-Za-z]{1,20}\*?(?:\{[^{}]{0,20}\})?$")
 """What stands before the brace in LaTeX's \\section{Introduction}, which is to be translated."""
 
-_FENCE = re.compile(r"[ \t]{0,12}(`{3,}|~{3,})(.*)")
+# A longer row of tildes is a rule between paragraphs, in mail say, though code to CommonMark.
+_FENCE = re.compile(r"[ \t]{0,12}(`{3,}|~{3,5}(?!~))(.*)")
 
 
 def find_marks(text: str) -> list[Mark]:
@@ -146,12 +147,15 @@ def _kept(tag: str) -> Iterator[str]:
 
 
 def _without_punctuation(url: str) -> str:
-    """The sentence's punctuation behind a URL is not its own; a closing bracket is if it opens
-    there too."""
+    """The sentence's punctuation behind a URL is not its own, and an opening bracket is not, which
+    other text may follow; a closing one is if it opens there too."""
     unopened = {")": url.count(")") - url.count("("), "]": url.count("]") - url.count("[")}
+    closing = {"(": ")", "[": "]"}
     stop = len(url)
-    while stop and (last := url[stop - 1]) in ".,;:!?'*_~)]":
-        if last in unopened:
+    while stop and (last := url[stop - 1]) in ".,;:!?'*_~)]([":
+        if last in closing:
+            unopened[closing[last]] += 1
+        elif last in unopened:
             if unopened[last] <= 0:
                 break
             unopened[last] -= 1

@@ -43,8 +43,8 @@ from pipeline.storage import Folder
 ROW_GROUP_ROWS = 65_536
 ROW_GROUP_BYTES = 64 << 20
 
-PARTS_AHEAD = 16
-"""Of a shard, read at once."""
+PARTS_AHEAD, BYTES_AHEAD = 16, 16 << 20
+"""Of a shard, most that are read from an object store before it is their turn."""
 
 Part = tuple[Stamp, pa.Table]
 
@@ -292,7 +292,9 @@ class _Results:
         """Results of all rows once, from parts that may overlap where two runs cut units apart."""
         position = 0
         units = _one_after_the_other(parts_among(output.list(f"{PARTS}/{key}")).get(key, []))
-        for unit, (made, table) in _ahead(partial(_read_part, output, stamp), units):
+        read = partial(_read_part, output, stamp)
+        parts = ((unit, read(unit)) for unit in units) if output.is_local else _ahead(read, units)
+        for unit, (made, table) in parts:
             self.longest = max(self.longest, made.counts.longest)
             if unit.start == position:
                 self.account.add(made.counts.account)
@@ -315,19 +317,24 @@ def _one_after_the_other(parts: Iterable[Unit]) -> Iterator[Unit]:
 
 
 def _ahead(read: Callable[[Unit], Part], units: Iterable[Unit]) -> Iterator[tuple[Unit, Part]]:
-    """Each unit with what `read` says of it, some read at once and none far ahead: an object store
-    takes a while to answer."""
+    """Each unit with its part, of which some are read at once: a store takes a while to answer."""
     reading: deque[tuple[Unit, Future[Part]]] = deque()
+    most = 0  # until it is known how large they are
+
+    def first() -> tuple[Unit, Part]:
+        unit, future = reading.popleft()
+        return unit, future.result()
+
     with ThreadPoolExecutor(PARTS_AHEAD, thread_name_prefix="parts") as pool:
         try:
             for unit in units:
                 reading.append((unit, pool.submit(read, unit)))
-                if len(reading) == PARTS_AHEAD:
-                    first, part = reading.popleft()
-                    yield first, part.result()
+                while len(reading) > most:
+                    before, part = first()
+                    most = min(PARTS_AHEAD, BYTES_AHEAD // max(1, part[1].nbytes))
+                    yield before, part
             while reading:
-                first, part = reading.popleft()
-                yield first, part.result()
+                yield first()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -335,7 +342,6 @@ def _ahead(read: Callable[[Unit], Part], units: Iterable[Unit]) -> Iterator[tupl
 def _read_part(output: Folder, stamp: Stamp, unit: Unit) -> Part:
     path = part_path(unit)
     with input_errors(f"{output.url}/{path}"):
-        # Whole, in one request.
         content = pa.BufferReader(output.read(path))
         parquet = pq.ParquetFile(content, page_checksum_verification=True)
         made = Stamp.from_footer(parquet.metadata.metadata[FOOTER_KEY.encode()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from pipeline.errors import ModelError
 
 DEMO_MODEL = Path(__file__).parent.absolute() / "demo"
 """The embedded model; infra/demo_model made it."""
+
+SCALED_IN_POSITIONS = ("default", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "llama3", "su")
+"""Kinds of RoPE whose `max_position_embeddings` are what they come to, scaling included."""
 
 WHAT_A_MODEL_IS = "Give a folder with config.json, tokenizer and safetensors, a hub id, or `demo`."
 
@@ -63,6 +67,19 @@ def read_config(model: ModelConfig) -> dict[str, Any]:
     """The config.json of a model of vLLM. Raises ModelError, as `resolve_model` does."""
     folder = Path(resolve_model(model).id)
     return _read_config(folder / "config.json" if folder.is_dir() else _hub_config(model))
+
+
+def context_in(config: Mapping[str, Any]) -> int | None:
+    """Tokens of a model's context where the job file says nothing of it, as vLLM 0.32 takes them
+    from a config.json (vllm/config/model.py); None if that does not say."""
+    own = config.get("max_position_embeddings")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "longrope":
+        own = config.get("original_max_position_embeddings", own)
+    elif isinstance(own, int) and kind not in SCALED_IN_POSITIONS:
+        own = int(own * (rope.get("factor") or 1))
+    return own if isinstance(own, int) else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

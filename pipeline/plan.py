@@ -363,9 +363,8 @@ def _refuse_vanished(names: Iterable[str], output: Folder) -> None:
 
 
 def _is_of(identity: str, name: str, output: Folder) -> bool:
-    """Whether this job published the file. Others' files may lie in the output folder, and the
-    answers of batch files do."""
-    if suffix_of(name) == ".jsonl":
+    """Whether this job published the file. Others' files may lie in the output folder."""
+    if suffix_of(name) not in (".parquet", ".pq"):
         return False
     try:
         stamp = read_stamp(output, name)

@@ -70,7 +70,8 @@ def _living_members(group: int) -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
             # Fields after the name, which is in parentheses: state, parent, process group.
-            state, _, process_group = stat.read_text().rpartition(")")[2].split()[:3]
+            fields = stat.read_text("utf-8", "replace").rpartition(")")[2].split()
+            state, _, process_group = fields[:3]
             if int(process_group) == group and state != "Z":
                 members.append(int(stat.parent.name))
     return members

@@ -21,7 +21,6 @@ from pipeline.counting import check_accounting
 from pipeline.errors import (
     EXIT_TOO_MANY_NOT_OK,
     ClusterError,
-    Interrupted,
     RefusedError,
     StorageError,
     TooManyNotOkError,
@@ -41,7 +40,7 @@ from pipeline.records import Counts
 from pipeline.report.reporter import Reporter
 from pipeline.retry import Retry, plan_retry
 from pipeline.shards import find_shards
-from pipeline.signals import draining_first
+from pipeline.signals import draining_first, interrupt
 from pipeline.storage import RACERS, Folder
 from pipeline.task import Task
 
@@ -229,7 +228,7 @@ def _compute(
             if not watch.says_stop():
                 raise ClusterError(f"Ray gave up {publisher.missing_rows:,} rows without a reason")
             print(f"axbatch: drained: {publisher.missing_rows:,} rows are left to do", flush=True)
-            raise Interrupted
+            interrupt()
 
     def second_lane() -> tuple[Lane, Plan] | None:
         """And what it is to do; None if that is nothing."""
@@ -251,7 +250,7 @@ def _compute(
             if plan.pending_rows:
                 compute(first_lane(job.model), plan)
                 if publisher.waiting and watch.says_stop():
-                    raise Interrupted
+                    interrupt()
                 # The first lane's engines make room; on other machines a start that comes too
                 # early is tried again.
                 wait_for_guards(engines_lock(run))

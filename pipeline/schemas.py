@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic import ValidationError as ModelError
 from pydantic.errors import PydanticUserError
 
+from pipeline.config.section import check_json
 from pipeline.errors import RowRejected
 from pipeline.imports import import_named
 
@@ -95,18 +96,29 @@ def load_model(path: str) -> type[BaseModel]:
 
 def _check(schema: Schema) -> None:
     """Raises ValueError if it is no JSON Schema."""
-    try:
-        same = json.loads(json.dumps(schema, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"is no JSON ({error}); put dates in quotes") from None
-    if same != schema:
-        raise ValueError("has a key that is no text; put words such as yes and on in quotes")
+    check_json(schema)
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         place = ".".join(map(str, error.absolute_path)) or "the top"
         message = error.context[0].message if error.context else error.message
         raise ValueError(f"is no JSON Schema: at {place}: {message}") from None
+
+
+def check_values(schema: Any, path: str = "$") -> None:
+    """Raises ValueError where a schema, at any depth, lists a value that is not of the type beside
+    it: YAML's yes, no, on and off are no words."""
+    if isinstance(schema, list):
+        for index, inner in enumerate(schema):
+            check_values(inner, f"{path}[{index}]")
+    if not isinstance(schema, dict):
+        return
+    listed = schema.get("enum")
+    values = [*listed] if isinstance(listed, list) else []
+    if isinstance(schema.get("type"), str) and (values or "const" in schema):
+        _kind({**schema, "enum": values} if values else schema, path)
+    for key, inner in schema.items():
+        check_values(inner, f"{path}.{key}")
 
 
 def _closed(schema: Any, refines: bool = False) -> Any:

@@ -45,8 +45,13 @@ def draining_first(drain: Callable[[], None], grace_s: float) -> Iterator[None]:
             signal.signal(signal.SIGTERM, _interrupt)
 
 
+def interrupt() -> NoReturn:
+    """End the command, as a signal does."""
+    interrupted.set()
+    raise Interrupted
+
+
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     for handled in (*HANDLED, signal.SIGALRM):
         signal.signal(handled, signal.SIG_IGN)
-    interrupted.set()
-    raise Interrupted
+    interrupt()

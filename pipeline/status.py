@@ -20,6 +20,8 @@ from pipeline.shards import FOOTER_THREADS
 from pipeline.storage import Folder
 
 EXAMPLES = 3
+AT_ONCE = 4_096
+"""Parts whose footers are asked for before the next are."""
 
 
 class RowPosition(NamedTuple):
@@ -89,18 +91,21 @@ def read_status(plan: Plan, output: Folder, without: str | None = None) -> Statu
             return Counts()  # published, and dropped, while we looked
         return stamp.counts if stamp and stamp.run != without else Counts()
 
-    files = [
-        _File(shard.shard.name, shard, 0, shard.published.counts)
-        for shard in plan.shards
-        if shard.published
-    ]
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        for (shard, unit), of_unit in zip(units, pool.map(counts_of, units), strict=True):
-            is_later = unit.shard != shard.key
-            files.append(_File(part_path(unit), shard, unit.start, of_unit, is_later))
-    counts = Counts()
-    for file in files:
+    counts, files = Counts(), list[_File]()
+
+    def take(file: _File) -> None:
         counts.add(file.counts)
+        if file.counts.reasons:  # of the others, which may be hundreds of thousands, no more
+            files.append(file)
+
+    for shard in plan.shards:
+        if shard.published:
+            take(_File(shard.shard.name, shard, 0, shard.published.counts))
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        for first in range(0, len(units), AT_ONCE):
+            some = units[first : first + AT_ONCE]
+            for (shard, unit), of_unit in zip(some, pool.map(counts_of, some), strict=True):
+                take(_File(part_path(unit), shard, unit.start, of_unit, unit.shard != shard.key))
     counts.deferred = plan.waiting_rows
     return Status(plan, counts, _examples(files, output, committed), _last_run(output))
 

@@ -248,8 +248,9 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     if url.startswith(("s3://", "s3a://")):
         from pipeline.s3 import PatientS3  # takes its time, which local paths needn't
 
-        # A cached listing hides parts that other processes have committed meanwhile.
-        filesystem = PatientS3(use_listings_cache=False)
+        # A cached listing hides parts that other processes have committed meanwhile; Cloudflare's
+        # R2 wants all pieces of an upload to be of one size.
+        filesystem = PatientS3(use_listings_cache=False, fixed_upload_size=True)
         path = filesystem._strip_protocol(url)
         if not path:
             raise JobFileError(f"{url}: names no bucket", "Give s3://BUCKET/PATH.")

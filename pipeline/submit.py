@@ -84,7 +84,7 @@ def submit_job(job: JobConfig, address: str | None) -> Submitted:
         Path(folder, "job.yaml").write_text(
             yaml.safe_dump(resolved.model_dump(), sort_keys=False, allow_unicode=True)
         )
-        _copy_own_modules(Path(folder))
+        copy_own_modules(Path(folder))
         # What `ray job stop` waits before it kills; Ray's own 3 s are not enough to drain.
         stop_s = math.ceil(job.cluster.grace_s) + AFTER_GRACE_S
         try:
@@ -108,7 +108,7 @@ def submit_job(job: JobConfig, address: str | None) -> Submitted:
     return Submitted(identifier, where)
 
 
-def _copy_own_modules(folder: Path) -> None:
+def copy_own_modules(folder: Path) -> None:
     """Where the job finds them as it does here: in its current directory."""
     for place in modules_in(Path.cwd()):
         if place.is_dir() and place not in PACKAGES:

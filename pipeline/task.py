@@ -16,6 +16,7 @@ from pydantic import Field
 from pipeline.chunking import Split, keep, split_aside, surely_fits, whole
 from pipeline.config.data import InputFormat
 from pipeline.config.section import Section
+from pipeline.counting import SHORT
 from pipeline.errors import RowDeferred, RowRejected
 from pipeline.records import Completion, Message, Output, Row
 
@@ -162,7 +163,8 @@ class LongTextTask(Task):
         limit, budget = self._limits(generate.max_model_len - taken, generate.max_tokens, turns)
         if surely_fits(text, limit):
             return whole(text)
-        tokens = await asyncio.to_thread(count, text)
+        # A short one holds Python's lock while it is counted, wherever that is.
+        tokens = count(text) if len(text) < SHORT else await asyncio.to_thread(count, text)
         if tokens <= limit:
             return whole(text)
         most = limit

@@ -14,7 +14,15 @@ from itertools import count
 from typing import Any, NoReturn
 from uuid import UUID
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta, nodes, pass_context
+from jinja2 import (
+    StrictUndefined,
+    TemplateError,
+    TemplateSyntaxError,
+    Undefined,
+    meta,
+    nodes,
+    pass_context,
+)
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -121,6 +129,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**"})
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """A field of a struct comes before Python's own `items` or `values`."""
+        if isinstance(obj, Mapping) and attribute in obj:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and right > MOST_POWER:
             raise SecurityError("the power is too high")
@@ -133,6 +147,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _printable(value: Any) -> Any:
     if value is None:
         raise RowRejected("null: a value that the template prints")
+    if callable(value) and not isinstance(value, Null | Undefined):
+        raise TypeError("a method of Python, where the text has no such field")
     return value
 
 

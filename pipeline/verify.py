@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.batch_file import check_lines
 from pipeline.errors import InputError, VerifyError
 from pipeline.parquet import input_errors, open_parquet, read_batches
-from pipeline.parts import STATUS_COLUMNS, Stamp, count_rows
+from pipeline.parts import FOOTER_KEY, STATUS_COLUMNS, Stamp, count_rows
 from pipeline.plan import Plan, ShardPlan
 from pipeline.records import STATUSES, Counts
 from pipeline.shards import Shard
@@ -45,19 +47,21 @@ def verify_output(plan: Plan, output: Folder, column: str, has_texts: bool = Fal
 
 
 def _verify_shard(planned: ShardPlan, output: Folder, column: str, has_texts: bool) -> Counts:
-    shard, stamp = planned.shard, planned.published
-    assert stamp is not None
+    shard = planned.shard
     url = f"{output.url}/{shard.name}"
     counts = Counts()
     added = [column, *STATUS_COLUMNS, *(["_texts"] if has_texts else [])]
     try:
-        for start, given, made in _side_by_side(shard, output, added):
-            rows = f"rows {start} to {start + given.num_rows}"
-            _check_input_columns(given, made, f"{url}: {rows}")
-            _check_results(made, column, f"{url}: {rows}")
-            if has_texts:
-                _check_texts(made, column, f"{url}: {rows}")
-            count_rows(pa.Table.from_batches([made]), counts)
+        with _opened(shard, output) as (given_file, made_file):
+            # Its own: a retry may have published it anew since the plan was made.
+            stamp = Stamp.from_footer(made_file.metadata.metadata[FOOTER_KEY.encode()])
+            for start, given, made in _side_by_side(given_file, made_file, shard, url, added):
+                rows = f"rows {start} to {start + given.num_rows}"
+                _check_input_columns(given, made, f"{url}: {rows}")
+                _check_results(made, column, f"{url}: {rows}")
+                if has_texts:
+                    _check_texts(made, column, f"{url}: {rows}")
+                count_rows(pa.Table.from_batches([made]), counts)
     except InputError as error:
         hint = "Restore the file; if it is the output's, delete it and run the job again."
         raise VerifyError(str(error.args[0]), hint) from error
@@ -67,31 +71,34 @@ def _verify_shard(planned: ShardPlan, output: Folder, column: str, has_texts: bo
     return counts
 
 
-def _side_by_side(
-    shard: Shard, output: Folder, added: Sequence[str]
-) -> Iterator[tuple[int, pa.RecordBatch, pa.RecordBatch]]:
-    """Batches of the same rows of input and output, with the number of their first row; the output
-    has the columns `added` after the input's."""
-    url = f"{output.url}/{shard.name}"
+@contextmanager
+def _opened(shard: Shard, output: Folder) -> Iterator[tuple[pq.ParquetFile, pq.ParquetFile]]:
+    """Input and output."""
     with (
         input_errors(f"{shard.source.url}/{shard.path}"),
         shard.source.open(shard.path) as input_file,
         output.open(shard.name) as output_file,
     ):
-        given, made = open_parquet(input_file), open_parquet(output_file)
-        if given.metadata.num_rows != made.metadata.num_rows:
-            raise VerifyError(
-                f"{url}: has {made.metadata.num_rows:,} rows, its input has "
-                f"{given.metadata.num_rows:,}"
-            )
-        expected = [*given.schema_arrow.names, *added]
-        if made.schema_arrow.names != expected:
-            raise VerifyError(f"{url}: has columns {made.schema_arrow.names}, not {expected}")
-        made_rows = _Rows(read_batches(made, url))
-        start = 0
-        for batch in read_batches(given, f"{shard.source.url}/{shard.path}"):
-            yield start, batch, made_rows.take(batch.num_rows)
-            start += batch.num_rows
+        yield open_parquet(input_file), open_parquet(output_file)
+
+
+def _side_by_side(
+    given: pq.ParquetFile, made: pq.ParquetFile, shard: Shard, url: str, added: Sequence[str]
+) -> Iterator[tuple[int, pa.RecordBatch, pa.RecordBatch]]:
+    """Batches of the same rows of input and output, with the number of their first row; the output
+    has the columns `added` after the input's."""
+    if given.metadata.num_rows != made.metadata.num_rows:
+        raise VerifyError(
+            f"{url}: has {made.metadata.num_rows:,} rows, its input has {given.metadata.num_rows:,}"
+        )
+    expected = [*given.schema_arrow.names, *added]
+    if made.schema_arrow.names != expected:
+        raise VerifyError(f"{url}: has columns {made.schema_arrow.names}, not {expected}")
+    made_rows = _Rows(read_batches(made, url))
+    start = 0
+    for batch in read_batches(given, f"{shard.source.url}/{shard.path}"):
+        yield start, batch, made_rows.take(batch.num_rows)
+        start += batch.num_rows
 
 
 class _Rows:

@@ -21,8 +21,6 @@ import yaml
 from pipeline.storage import Folder
 
 TIMEOUT_S = 240
-NOT_PASSED = ("RAY_ADDRESS", "VLLM_")
-"""Environment variables that a run is not to have. An engine in this process has set VLLM's."""
 
 
 class Job:
@@ -30,6 +28,9 @@ class Job:
 
     module = "pipeline.cli"
     """What is run for a command."""
+
+    not_passed: tuple[str, ...] = ("RAY_ADDRESS", "VLLM_")
+    """Environment variables that a run is not to have. An engine in this process has set VLLM's."""
 
     def __init__(self, folder: Path, **sections: dict[str, Any]) -> None:
         self.folder = folder
@@ -105,7 +106,9 @@ class Run:
             stdin=subprocess.DEVNULL,
             stdout=self._out,
             stderr=self._err,
-            env={name: os.environ[name] for name in os.environ if not name.startswith(NOT_PASSED)},
+            env={
+                name: os.environ[name] for name in os.environ if not name.startswith(job.not_passed)
+            },
         )
         self.started.append(self)
 

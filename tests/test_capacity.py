@@ -271,6 +271,20 @@ def test_head_dim_follows_from_the_hidden_size() -> None:
     assert ModelShape.from_config(without | {"head_dim": 64}).kv_bytes_per_token() == 98_304
 
 
+@pytest.mark.parametrize(
+    ("changes", "context"),
+    [
+        ({}, 32_768),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 131_072),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 32_768),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 32_768),
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 4096}, 4096),
+    ],
+)
+def test_context_is_what_vllm_makes_of_the_rope(changes: dict[str, Any], context: int) -> None:
+    assert ModelShape.from_config(LARGE | changes).context == context
+
+
 def test_tied_embeddings_count_once() -> None:
     tied = ModelShape.from_config(LARGE | {"tie_word_embeddings": True})
     assert AX.parameters - tied.parameters == 102_400 * 8192

@@ -19,7 +19,6 @@ from jobs.chat import Chat
 from pipeline.config import JobConfig
 from pipeline.conversations import MESSAGE_TYPE, check_messages, decode_json, without_nulls
 from pipeline.errors import JobFileError, RowFailed, RowRejected
-from pipeline.identity import identity_fields, identity_hash
 from pipeline.parts import result_table
 from pipeline.records import Message
 from pipeline.report import tables
@@ -128,6 +127,8 @@ async def test_keys_of_the_request_are_sent_if_they_are_set() -> None:
     ("own", "sent"),
     [
         (None, {"tools": [TOOL]}),
+        ("", {"tools": [TOOL]}),
+        (" null ", {"tools": [TOOL]}),
         ([], {}),
         ([{**TOOL, "strict": None}], {"tools": [TOOL]}),
         (json.dumps([TOOL, TOOL]), {"tools": [TOOL, TOOL]}),
@@ -217,6 +218,12 @@ async def test_what_is_no_conversation_is_rejected_without_a_request(
     assert given.startswith(reason)
     assert "secret" not in given
     assert model.asked == []
+
+
+async def test_strings_that_a_body_compares_with_the_answer_are_sent_as_they_are() -> None:
+    model, kept = FakeModel(), {"stop": ["<|end|>"], "bad_words": ["<|x|>"]}
+    await chat(body="b").run({"b": {"messages": [USER], **kept}}, model)
+    assert model.bodies == [kept]
 
 
 @pytest.mark.parametrize(
@@ -371,39 +378,6 @@ def test_wrong_keys_are_named(
     with pytest.raises(JobFileError) as raised:
         load_task(wrong)
     assert named in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"messages": "other"},
-        {"system": "S"},
-        {"tools": [TOOL]},
-        {"tools_column": "t"},
-        {"functions": FUNCTIONS},
-        {"max_rounds": 5},
-        {"seed": 1},
-        {"returns": "response"},
-    ],
-)
-def test_all_keys_are_in_the_identity(
-    tmp_path: Any, job: Callable[..., JobConfig], change: dict[str, Any]
-) -> None:
-    def identity(**keys: Any) -> str:
-        fields = identity_fields(job(tmp_path), chat(**{"messages": "talk", **keys}).identity())
-        return identity_hash(fields)
-
-    assert identity(**change) != identity() == identity(tools=None, max_rounds=4)
-
-
-def test_the_identity_holds_what_the_model_is_told_of_functions() -> None:
-    [tool] = chat(functions={"cut": "textwrap:shorten"}, tools=[SHORTEN]).identity()["tools"]
-    assert tool == SHORTEN
-    [tool] = chat(functions={"cut": "textwrap:dedent"}).identity()["tools"]
-    assert tool["function"]["description"].startswith("Remove any common leading whitespace")
-
-
-SHORTEN = {"type": "function", "function": {"name": "cut", "parameters": {"type": "object"}}}
 
 
 def test_json_text_is_decoded_before_it_is_normalised(tmp_path: Path) -> None:

@@ -214,6 +214,11 @@ def test_a_code_block_over_the_budget_is_cut_between_lines_and_apart_from_prose(
     assert "".join("".join(chunk.text.split()) for chunk in inside) == "".join(code.split())
 
 
+def test_a_code_block_that_fits_a_chunk_is_verbatim() -> None:
+    cut = split("a b c d e\n\n```\nf g\n```\n\nh i j k l", 5, words)
+    assert [chunk.is_verbatim for chunk in cut.chunks] == [False, True, False]
+
+
 @pytest.mark.parametrize("text", ["```\nnever closed\n\nprose. " * 9, "    indented verse\n" * 20])
 def test_what_may_be_prose_is_not_taken_for_code(text: str) -> None:
     assert not any(chunk.is_verbatim for chunk in split(text, 8, words).chunks)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ray.job_submission import JobStatus
 
 from jobs import load_task
 from pipeline.config import JobConfig
@@ -19,7 +18,6 @@ from pipeline.config.running import ReplicaRange
 from pipeline.errors import JobFileError
 from pipeline.identity import EXECUTION_OPTIONS, identity_fields, identity_hash
 from pipeline.job_file import load_job
-from pipeline.submit import next_id, with_absolute_paths
 
 MINIMAL: dict[str, Any] = {
     "name": "news",
@@ -282,31 +280,6 @@ def test_identity_sees_what_a_template_file_holds_not_where_it_is(tmp_path: Path
     assert one != identity(BASE)
 
 
-@pytest.mark.parametrize("option", ["tokenizer", "hf_config_path", "chat_template"])
-def test_identity_and_submission_mean_the_same_path_from_everywhere(
-    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if option == "chat_template":
-        (tmp_path / "here").write_text("x", encoding="utf-8")
-    else:
-        (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path)
-    relative = changed(f"model.engine.{option}", "here", BASE)
-    absolute = changed(f"model.engine.{option}", str(tmp_path / "here"), BASE)
-    assert identity(relative) == identity(absolute)
-    submitted = with_absolute_paths(JobConfig.model_validate(relative))
-    assert submitted.model.engine[option] == str(tmp_path / "here")
-
-
-@pytest.mark.parametrize(
-    ("earlier", "then"),
-    [([], "job"), (["job"], "job-2"), (["job-2"], "job-3"), (["job", "job-9", "job-x"], "job-10")],
-)
-def test_submission_id_is_none_that_ray_has_seen(earlier: list[str], then: str) -> None:
-    ended = [SimpleNamespace(submission_id=name, status=JobStatus.FAILED) for name in earlier]
-    assert next_id(SimpleNamespace(list_jobs=lambda: ended), "job", "here") == then
-
-
 def test_identity_does_not_depend_on_the_server() -> None:
     """Moving a server, or its port, is no other model."""
     urls = ["http://one:8000/v1", "http://two:9000/v1"]
@@ -314,6 +287,31 @@ def test_identity_does_not_depend_on_the_server() -> None:
         {**BASE, "model": {"id": "m", "backend": "http", "base_url": url}} for url in urls
     ]  # fmt: skip
     assert identity(jobs[0]) == identity(jobs[1])
+
+
+def test_random_weights_are_another_model() -> None:
+    """As a trial of the speed may use; faster loading is none."""
+    formats = ["auto", "runai_streamer", "dummy"]
+    auto, streamed, dummy = (
+        identity(changed("model.engine.load_format", each, BASE)) for each in formats
+    )
+    assert identity(BASE) == auto == streamed != dummy
+
+
+@pytest.mark.parametrize("value", ["\\ud83d\\ude00 \\uac00", "😀 가"])
+def test_characters_mean_the_same_escaped_as_json_does(tmp_path: Path, value: str) -> None:
+    """Job files are made by programs too."""
+    file = tmp_path / "job.yaml"
+    text = json.dumps(changed("task.instructions", "X", BASE)).replace('"X"', f'"{value}"')
+    file.write_text(text, encoding="utf-8")
+    assert load_job(file).task["instructions"] == "😀 가"
+
+
+def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(json.dumps({**BASE, "name": "\ud83d"}), encoding="utf-8")
+    with pytest.raises(JobFileError, match="half a character"):
+        load_job(file)
 
 
 def test_identity_does_not_depend_on_spelled_out_defaults() -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from pipeline.accounting import Usage
 from pipeline.config.model import ModelConfig
 from pipeline.engine import Engine, start_engine
-from pipeline.engine.cores import omp_binding
 from pipeline.engine.echo import EchoEngine
 from pipeline.engine.http import HttpEngine
 from pipeline.engine.vllm import VllmEngine
@@ -240,7 +239,11 @@ async def test_http_row_fails_where_something_before_the_server_refuses_it(
 ) -> None:
     """The server lets us in, and has the model. Else the job ends."""
     started = engine(max_retries=0)
-    refusals: list[Reply] = [error(403, "who are you?"), (200, {"object": "list", "data": [OTHER]})]
+    refusals: list[Reply] = [
+        error(403, "who are you?"),
+        error(404, "no such tunnel"),
+        (200, {"object": "list", "data": [OTHER]}),
+    ]
     server.replies = [error(status, "blocked")]
     with pytest.raises(RowFailed, match="engine_error: "):
         await started.chat(ask("<script>"))
@@ -363,35 +366,6 @@ def test_http_counts_rather_too_many_tokens_than_too_few(
     true = len(tokenizer.encode(PROSE, add_special_tokens=False))
     assert true < engine().count_tokens(PROSE) < 4 * true
     assert engine().count_tokens("") == 0
-
-
-# --- cores -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("cores", "ranks", "binding"),
-    [
-        ([0], 1, "0"),
-        ([0, 1], 2, "0|1"),
-        ([0, 1, 2, 3], 1, "0,1,2,3"),
-        ([2, 3, 6, 7], 2, "2,3|6,7"),
-        ([0, 1, 2], 2, "0|1"),
-        ([4], 2, "4|4"),
-    ],
-)
-def test_binding_gives_each_rank_its_cores(cores: list[int], ranks: int, binding: str) -> None:
-    assert omp_binding(cores, ranks) == binding
-
-
-@given(st.sets(st.integers(0, 200), min_size=1, max_size=64), st.integers(1, 16))
-def test_ranks_never_share_a_core_while_there_are_enough(held: set[int], ranks: int) -> None:
-    groups = [group.split(",") for group in omp_binding(sorted(held), ranks).split("|")]
-    bound = [int(core) for group in groups for core in group]
-    assert len(groups) == ranks
-    assert set(bound) <= held
-    assert len({len(group) for group in groups}) == 1
-    if len(held) >= ranks:
-        assert len(set(bound)) == len(bound)
 
 
 async def test_a_rows_usage_is_the_sum_of_its_requests_also_of_those_at_once() -> None:

@@ -113,27 +113,37 @@ def test_replica_of_more_cpus_than_the_largest_machine_is_refused(
         share(33)
 
 
-@pytest.mark.parametrize("grows", [True, False])
-def test_cluster_without_gpus_is_asked_for_them_where_it_may_take_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grows: bool
+@pytest.mark.parametrize(("asked_before_it_grows", "wait_s"), [(1, 60.0), (3, 60.0), (None, 0.05)])
+def test_cluster_is_asked_for_gpus_where_they_may_take_time(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked_before_it_grows: int | None,
+    wait_s: float,
 ) -> None:
-    head = {"Alive": True, "Resources": {"CPU": 4.0}}
-    nodes: list[dict[str, Any]] = [head]
+    """Until they are there: others overwrite the one wish that a cluster knows."""
+    nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 4.0}}]
     asked: list[list[dict[str, int]]] = []
 
     def ask(bundles: list[dict[str, int]]) -> None:
         asked.append(bundles)
-        if grows and bundles:
-            nodes[1:] = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}} for _ in bundles]
+        if len(asked) == asked_before_it_grows:
+            nodes.append({"Alive": True, "Resources": {"CPU": 8.0, "GPU": 16.0}})
 
     monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", ask)
     monkeypatch.setattr(cluster, "LOOK_S", 0.01)
     model = model_of(tmp_path, engine={"tensor_parallel_size": 8})
-    job = make_job(tmp_path, cluster={"replicas": {"min": 2, "max": 3}, "wait_s": 0.05})
-    with pytest.raises(ModelError, match="the largest machine has 4 GPUs" if grows else "no GPU"):
-        cluster.replica_resources(job, first_lane(model), units=1000)
-    assert asked == [[{"GPU": 8}] * 2, []]
+    settings = {"replicas": {"min": 2, "max": 3}, "wait_s": wait_s, "address": "auto"}
+    job = make_job(tmp_path, cluster=settings)
+    if asked_before_it_grows:
+        share = cluster.replica_resources(job, first_lane(model), units=1000)
+        assert (share.gpus, share.replicas.min) == (8, 2)
+        assert len(asked) == asked_before_it_grows + 1
+    else:
+        with pytest.raises(ModelError, match="no GPU"):
+            cluster.replica_resources(job, first_lane(model), units=1000)
+    assert asked[:-1] == [[{"GPU": 8}] * 2] * (len(asked) - 1)
+    assert asked[-1] == [], "what it need not have any more"
 
 
 @pytest.mark.parametrize(("units", "least", "most"), [(1, 1, 1), (3, 2, 3), (100, 2, 8)])

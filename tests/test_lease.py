@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import signal
@@ -16,8 +17,8 @@ from typing import Any
 import pytest
 
 from pipeline import lease
-from pipeline.errors import Interrupted, RefusedError
-from pipeline.lease import LEASE, Holder, Lease, Watch, read_holder
+from pipeline.errors import Interrupted, RefusedError, StorageError
+from pipeline.lease import LEASE, READS, Holder, Lease, Watch, read_holder
 from pipeline.storage import Folder
 
 HOLD = """
@@ -163,6 +164,29 @@ def test_watch_looks_anew_on_each_machine(tmp_path: Path) -> None:
         assert not watch.says_stop(), "it has just looked"
         again = pickle.loads(pickle.dumps(watch))  # noqa: S301 (our own bytes)
         assert again.says_stop()
+
+
+@pytest.mark.parametrize(("errors", "is_read"), [(READS - 1, True), (READS, False)])
+def test_lease_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: int, is_read: bool
+) -> None:
+    """As NFS says then: the file that was opened is no more."""
+    output, left = tmp(tmp_path), [errors]
+    read = output.filesystem.cat_file
+
+    def read_late(path: str) -> bytes:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return bytes(read(path))
+
+    output.replace(LEASE, json.dumps(asdict(Holder.here("first"))).encode())
+    monkeypatch.setattr(output.filesystem, "cat_file", read_late)
+    if is_read:
+        assert read_holder(output)
+    else:
+        with pytest.raises(StorageError):
+            read_holder(output)
 
 
 def tmp(path: Path) -> Folder:

@@ -32,6 +32,7 @@ PROSE = [
     "<your name>", "<개정 2014.6.11>", "\\section{Introduction} \\textbf{bold}",
     "{a: b} { x } {see below}", "it's `quoted' so", ":ref:`a label` and `a reference`_",
     "user@home, @me, a@b", "http:// ftp", "[x](a b)", "```\nnever closed",
+    "~~~~~~~~\nprose\n~~~~~~~~",
 ]  # fmt: skip
 
 
@@ -53,6 +54,22 @@ def test_a_fenced_block_is_one_mark_whatever_it_holds(block: str, around: str) -
 @pytest.mark.parametrize("mark", [mark for kind, mark in INLINE if kind != "code"])
 def test_korean_may_follow_a_mark_without_a_space(mark: str) -> None:
     assert [m.text for m in find_marks(f"먼저 {mark}에서 끝")] == [mark]
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("https://shop.example(매일 영업)을", "https://shop.example"),
+        ("See https://shop.example (open daily).", "https://shop.example"),
+        ("[a](https://x.kr)(참고)", "https://x.kr"),
+        ("(https://x.kr/a_(b)[1])", "https://x.kr/a_(b)[1]"),
+        ("https://x.kr[[", "https://x.kr"),
+    ],
+)
+def test_brackets_behind_a_url_are_its_own_only_if_they_open_and_close_there(
+    text: str, url: str
+) -> None:
+    assert [mark.text for mark in find_marks(text)] == [url]
 
 
 @pytest.mark.parametrize("text", PROSE)

@@ -235,13 +235,13 @@ OUTPUT = [
           next="Choose an empty `output.path`"),
     wrong("foreign text in the output", 4, files={"out/a.parquet": b"not ours"},
           says="out/a.parquet", next="output.path"),
-    wrong("changed identity", 4, after_run=True, marks=[pytest.mark.ray],
+    wrong("changed identity", 4, after_run=True,
           job={"sampling": {"temperature": 0.7}},
           says="sampling.temperature: was 0.0, is 0.7", next="give the job a new `output.path`"),
-    wrong("changed input file", 4, after_run=True, marks=[pytest.mark.ray],
+    wrong("changed input file", 4, after_run=True,
           files={"in/a.parquet": parquet(id=[1], en=["changed"])},
           says="a.parquet: its input file has changed", next="`input.on_change: reprocess`"),
-    wrong("vanished input file", 4, after_run=True, marks=[pytest.mark.ray],
+    wrong("vanished input file", 4, after_run=True,
           job={"input.path": "new"}, files={"new/b.parquet": parquet(id=[1], en=["new"])},
           says="out/a.parquet: its input file is not among the input any more",
           next="`input.on_change: reprocess`"),
@@ -336,7 +336,11 @@ S3_STORAGE = [
 
 
 def ask(
-    folder: Path, env: Mapping[str, str], command: str, arguments: Sequence[str]
+    folder: Path,
+    env: Mapping[str, str],
+    command: str,
+    arguments: Sequence[str],
+    module: str = "pipeline.cli",
 ) -> subprocess.CompletedProcess[str]:
     """`axbatch COMMAND ARGUMENTS` in `folder`, with none of this machine's cloud settings."""
     foreign = ("AWS_", "HF_", "RAY_")
@@ -350,7 +354,7 @@ def ask(
         "COLUMNS": "200",
     }
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", command, *arguments],
+        [sys.executable, "-m", module, command, *arguments],
         cwd=folder, env={**kept, **settings, **env},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
@@ -384,7 +388,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the job has run."""
     folder = tmp_path_factory.mktemp("finished")
     write(folder, {**FILES, "job.yaml": job_text({})})
-    assert ask(folder, {}, "run", ["job.yaml"]).returncode == 0
+    here = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    assert ask(folder, here, "run", ["job.yaml"], "tests.faults.without_ray").returncode == 0
     return folder
 
 

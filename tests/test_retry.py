@@ -17,6 +17,7 @@ from pipeline.errors import RefusedError
 from pipeline.parts import read_stamp
 from pipeline.plan import Plan
 from tests.conftest import PreparedJob
+from tests.faults import without_ray
 from tests.openai_server import Body, OpenAIServer, Reply, answer, error, serving, text_of
 from tests.runs import Job
 
@@ -123,7 +124,6 @@ def server() -> Iterator[OpenAIServer]:
         yield running
 
 
-@pytest.mark.ray
 def test_retry_asks_for_the_failed_rows_alone_and_mends_them(
     tmp_path: Path, server: OpenAIServer
 ) -> None:
@@ -134,6 +134,7 @@ def test_retry_asks_for_the_failed_rows_alone_and_mends_them(
         "engine": {"max_retries": 0},
     }
     job = Job(tmp_path, model=model, limits={"max_failed_fraction": 0.5})
+    job.module = without_ray.__name__
     texts = [None if i == 3 else f"bad {i}" if i % 10 == 5 else f"good {i}" for i in range(40)]
     job.write_input("a.parquet", pa.table({"en": texts}))
     job.write_input("b.parquet", pa.table({"en": ["good"] * 5}))

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
+from pipeline.lease import Lease, Watch
 from pipeline.records import Unit
-from pipeline.source import UNIT_SCHEMA, decode_unit, encode_unit, read_units
+from pipeline.source import UNIT_SCHEMA, UnitSource, decode_unit, encode_unit, read_units
 from pipeline.storage import Folder
+from tests.conftest import PreparedJob
 
 Write = Callable[..., Path]
 ROWS = 3000
@@ -145,6 +147,25 @@ def test_file_with_empty_row_groups_gives_all_rows(tmp_path: Path) -> None:
     units = [Unit("a.parquet", 0, 15), Unit("a.parquet", 15, 20)]
     read = list(read_units(Folder(str(tmp_path)), "a.parquet", ["id"], units))
     assert [row for _, rows in read for row in rows["id"].to_pylist()] == list(range(20))
+
+
+def test_tasks_of_a_retry_read_its_rows_alone_until_the_run_drains(
+    published: Callable[[], PreparedJob],
+) -> None:
+    job = published()
+    plan = job.plan_retry("failed")
+    watch = Watch(job.output, "run")
+    tasks = UnitSource(plan, ["text"], watch).get_read_tasks(1)
+    assert len(tasks) == 2
+    for planned, task in zip(plan.shards, tasks, strict=True):
+        read = [decode_unit(block) for block in task()]
+        statuses = job.table(planned.shard.name)["_status"].to_pylist()
+        wanted = [row for row, status in enumerate(statuses) if status == "failed"]
+        texts = [text for _, _, rows in read for text in rows["text"].to_pylist()]
+        assert texts == [f"{planned.shard.name[0]} {row}" for row in wanted]
+        assert [unit for unit, _, _ in read] == list(planned.units())
+    with Lease(job.output, "another"):
+        assert not [*UnitSource(plan, ["text"], Watch(job.output, "run")).get_read_tasks(1)[0]()]
 
 
 def test_missing_file_is_an_input_error(tmp_path: Path) -> None:

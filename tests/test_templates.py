@@ -45,6 +45,16 @@ def test_columns_are_the_names_that_a_row_must_have(source: str, columns: list[s
     assert Template(source).columns == columns
 
 
+def test_fields_come_before_methods_of_python_and_these_are_not_printed() -> None:
+    order = {"order": {"items": ["a", "b"], "copy": None}}
+    assert Template("{% for i in order.items %}{{ i }}{% endfor %}").render(order) == "ab"
+    assert Template("{% if order.copy %}x{% else %}y{% endif %}").render(order) == "y"
+    assert Template("{{ meta.title() }}").render({"meta": "as text"}) == "As Text"
+    for template in ("{{ order.values }}", "{{ order['items'].append }}"):
+        with pytest.raises(RowRejected, match="template_error"):
+            Template(template).render(order)
+
+
 def test_a_column_may_have_the_name_of_a_function() -> None:
     template = Template("{{ namespace }}{% if namespace == 'prod' %}!{% endif %}")
     assert template.render({"namespace": "prod"}) == "prod!"

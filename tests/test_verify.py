@@ -59,6 +59,16 @@ def test_published_output_is_accepted_and_counted(
     assert read_status(done.plan(), done.output).counts == expected
 
 
+def test_output_that_a_retry_publishes_meanwhile_is_as_good(done: PreparedJob) -> None:
+    before = done.plan()
+    again = done.plan_retry("rejected")
+    for planned in again.shards:
+        for unit in planned.units():
+            done.redo(again, unit)
+    done.republish(again)
+    assert verify_output(before, done.output, "ko") == verify(done)
+
+
 def test_publishing_leaves_nothing_pending_and_no_parts(done: PreparedJob) -> None:
     assert done.plan().pending_rows == 0
     assert [entry.path for entry in done.output.list()] == ["a.parquet", "sub/b.parquet"]

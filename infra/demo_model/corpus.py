@@ -40,9 +40,10 @@ SKILLS: Mix = {
     summaries: 0.08,
 }
 """The tokenizer is made of these, so that it stays what it is whatever a later mix adds."""
+BASICS: Mix = {decisions if skill is questions else skill: share for skill, share in SKILLS.items()}
 CHOOSING: Mix = {
     choices: 0.40,
-    questions: 0.12,
+    decisions: 0.12,
     odd_sentences: 0.13,
     word_lists: 0.04,
     odd_passages: 0.16,
@@ -51,40 +52,25 @@ CHOOSING: Mix = {
     extractions: 0.03,
 }
 """Half of the rows teach where a letter stands, which nothing else does."""
-MENDING: Mix = {
-    single_sentences: 0.08,
-    odd_sentences: 0.14,
-    word_lists: 0.04,
-    passages: 0.08,
-    odd_passages: 0.20,
-    copies: 0.02,
-    conversations: 0.07,
-    extractions: 0.08,
-    questions: 0.10,
-    choices: 0.05,
-    summaries: 0.05,
-    odd_summaries: 0.09,
-}
-DECIDING: Mix = {
-    decisions: 0.30,
+EVERYTHING: Mix = {
+    decisions: 0.10,
     choices: 0.04,
-    single_sentences: 0.08,
-    odd_sentences: 0.12,
-    word_lists: 0.02,
-    passages: 0.06,
+    single_sentences: 0.12,
+    odd_sentences: 0.15,
+    word_lists: 0.03,
+    passages: 0.09,
     odd_passages: 0.15,
     copies: 0.01,
-    conversations: 0.06,
-    extractions: 0.07,
+    conversations: 0.11,
+    extractions: 0.11,
     summaries: 0.03,
     odd_summaries: 0.06,
 }
 MIXES: tuple[tuple[int, Mix], ...] = (
     (0, {copies: 1.0}),  # on that, the other skills build
-    (300, SKILLS),
-    (6000, CHOOSING),
-    (7600, MENDING),
-    (10000, DECIDING),
+    (300, BASICS),
+    (2300, CHOOSING),
+    (2800, EVERYTHING),
 )
 """Each mix and the number of the first batch that is made by it."""
 LONG = frozenset({passages, odd_passages, conversations, summaries, odd_summaries})

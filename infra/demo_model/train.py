@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -46,18 +45,8 @@ MAX_TOKENS = 2048
 # but for the comma: a number is copied in few steps, and few numbers look alike on the way.
 WORDS = r"\d{1,3}(?=(?:\d{3})*(?!\d))| ?\p{Latin}+| ?\p{Hangul}+|\s|."
 
-
-class Round(NamedTuple):
-    """So many steps, in which the learning rates rise and then fall to nothing."""
-
-    steps: int
-    heat: float
-    """Share of the peak learning rates."""
-
-
-ROUNDS = (Round(6000, 1.0), Round(4000, 0.5), Round(2000, 0.4))
-STEPS = sum(each.steps for each in ROUNDS)
-WARMUP = 100  # of each round
+STEPS = 6000
+WARMUP = 100
 PEAK_LEARNING_RATE = 2e-3  # AdamW's, for the embedding and the norms
 PEAK_MUON_LEARNING_RATE = 5e-3  # for the layers' matrices
 THREADS = 2
@@ -150,18 +139,8 @@ def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def pace(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rates: in each round up in `warmup` steps, then down to nothing.
-
-    The rounds share `steps` in the proportions of `ROUNDS`.
-    """
-    begin = end = planned = 0
-    for each in ROUNDS:
-        begin, planned = end, planned + each.steps
-        end = round(planned * steps / STEPS)
-        if step < end:
-            break
-    rise = min(warmup, (end - begin) // 2)
-    return each.heat * min((step - begin + 1) / rise, (end - step) / (end - begin - rise))
+    """Share of the peak learning rates: up in `warmup` steps, then evenly down to nothing."""
+    return min((step + 1) / warmup, (steps - step) / (steps - warmup))
 
 
 def last_hidden_states(model: LlamaForCausalLM, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.section import SecretInJobFile, Section, without_credentials
+from pipeline.config.section import SecretInJobFile, Section, check_json, without_credentials
 
 DEMO = "demo"
 """The id of the embedded model."""
@@ -21,9 +21,10 @@ HTTP_MAX_NUM_SEQS = 64
 
 def sound_engine_options(engine: dict[str, Any]) -> dict[str, Any]:
     """Raises ValueError for secrets, for numbers that are none, and for a command line's names."""
+    check_json(engine)
     for name in engine:
-        if "-" in str(name):
-            raise ValueError(f"holds `{name}`; write `{str(name).strip('-').replace('-', '_')}`")
+        if "-" in name:
+            raise ValueError(f"holds `{name}`; write `{name.strip('-').replace('-', '_')}`")
     for secret in ("hf_token", "api_key"):
         if secret in engine:
             raise SecretInJobFile(f"holds `{secret}`; put it into the environment (HF_TOKEN)")

@@ -41,8 +41,8 @@ class ClusterConfig(Section):
     than what the machine leaves: Kubernetes 30, a spot notice 120."""
 
     wait_s: float = Field(0.0, ge=0)
-    """Of a cluster that grows by itself: so many seconds for the machines of the fewest replicas,
-    which it is asked for. 0: those that are there must do."""
+    """On a cluster that grows by itself: so many seconds for the GPUs of the fewest replicas, which
+    it is asked for. 0: those that are there must do."""
 
     accelerator: Accelerator | None = None
     """The GPUs' type, for what `axbatch plan` says of room, time and cost."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,3 +31,13 @@ def without_credentials(url: str) -> str:
     if CREDENTIALS.search(url):
         raise SecretInJobFile("holds credentials; take them out and use environment variables")
     return url
+
+
+def check_json(value: Any) -> None:
+    """Raises ValueError if JSON does not hold `value` as it is: YAML knows more than that."""
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"is no JSON ({error}); put dates in quotes") from None
+    if same != value:
+        raise ValueError("has a key that is no text; put words such as yes and on in quotes")

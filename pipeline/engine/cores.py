@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -10,10 +11,25 @@ from pathlib import Path
 _held: list[int] = []  # open lock files; the kernel lets go of them when this process ends
 
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Of a container: microseconds of CPU time, `max` for any number, in so many microseconds."""
+
+
+def usable_cores() -> list[int]:
+    """As many cores as this process may compute on at once; in a container, no more than its CPU
+    limit: that does not say which, and threads beyond it would wait for each other."""
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        quota, _, period = QUOTA.read_text(encoding="ascii").partition(" ")
+    except OSError:
+        return cores
+    return cores if quota == "max" else cores[: max(1, math.ceil(int(quota) / int(period)))]
+
+
 def claim_cores(wanted: int) -> list[int]:
     """Cores that no other engine on this machine holds, `wanted` of them if so many are free,
     else shared ones. Two engines bound to one core are correct but many times slower."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = usable_cores()
     claimed: list[int] = []
     for core in cores:
         if len(claimed) < wanted and _claim(core):

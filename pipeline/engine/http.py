@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
 from pydantic import Field
@@ -51,7 +51,7 @@ class HttpEngine:
     def __init__(self, model: ModelConfig) -> None:
         self.meter = Meter()
         options = _options(model)
-        served = check_server(model)
+        self._served = check_server(model)
         self.max_num_seqs = options.max_num_seqs
         self._model = model
         self._options = options
@@ -63,7 +63,7 @@ class HttpEngine:
             timeout=options.timeout,
             max_retries=options.max_retries,
         )
-        self.max_model_len = options.max_model_len or served or DEFAULT_CONTEXT
+        self.max_model_len = options.max_model_len or self._served.context or DEFAULT_CONTEXT
 
     def count_tokens(self, text: str) -> int:
         return half_of_bytes(text)
@@ -124,8 +124,9 @@ class HttpEngine:
         client = self._client.with_options(timeout=PROBE_TIMEOUT_S, max_retries=PROBE_RETRIES)
         try:
             served = [entry.id async for entry in client.models.list()]
-        except openai.NotFoundError:  # it has no model list
-            return self.meter.read().usage.requests > 0
+        except openai.NotFoundError:
+            # Without a list, that it has answered before must do.
+            return not self._served.lists_models and self.meter.read().usage.requests > 0
         except (openai.OpenAIError, *NO_LIST):
             return False
         return not served or self._model.id in served
@@ -143,8 +144,16 @@ def _options(model: ModelConfig) -> HttpOptions:
     return parse_section(HttpOptions, model.engine, "job file", "model.engine.")
 
 
-def check_server(model: ModelConfig) -> int | None:
-    """The model's context length, if the server says it.
+class Served(NamedTuple):
+    """What a server says of itself."""
+
+    lists_models: bool
+    context: int | None
+    """Tokens that the model takes."""
+
+
+def check_server(model: ModelConfig) -> Served:
+    """Ask the server for its models.
 
     Raises EngineError if the server is away, refuses the key or lacks the model, JobFileError
     for an unknown option.
@@ -164,7 +173,7 @@ def check_server(model: ModelConfig) -> int | None:
             f"Put the key into the environment variable {model.api_key_env}.",
         ) from None
     except openai.NotFoundError:
-        return None  # a server without a model list; the first request will tell
+        return Served(False, None)  # whether it has the model, the first request will tell
     except NO_LIST:
         raise EngineError(
             f"{model.base_url}: does not answer as an OpenAI-compatible server does",
@@ -180,4 +189,4 @@ def check_server(model: ModelConfig) -> int | None:
             "Set `model.id` to one of these.",
         )
     context = getattr(served.get(model.id), "max_model_len", None)
-    return context if isinstance(context, int) else None
+    return Served(True, context if isinstance(context, int) else None)

@@ -56,6 +56,7 @@ class VllmEngine:
     def __init__(self, model: ModelConfig, cpus: int, max_silence_s: float = math.inf) -> None:
         self.meter = Meter()
         _prepare_environment(model, cpus)
+        import vllm.entrypoints.launchers.api_server.app_state  # noqa: F401  # now, not with a row
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 from pipeline.config.model import MAX_NUM_SEQS
 from pipeline.errors import ModelError
 from pipeline.forecast.gpus import Gpu
+from pipeline.model import context_in
 
 OVERHEAD = 4.0e9
 """Bytes of a GPU for activations, CUDA graphs and NCCL. Chosen, not measured: vLLM's own profile
@@ -62,7 +63,7 @@ class ModelShape:
     intermediate: int
     vocab: int
     context: int
-    """Tokens, `max_position_embeddings`."""
+    """Tokens, see `context_in`."""
     is_tied: bool = False
     """One matrix for embeddings and lm_head."""
     precision: Precision | None = None
@@ -81,7 +82,7 @@ class ModelShape:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             intermediate=config["intermediate_size"],
             vocab=config["vocab_size"],
-            context=config["max_position_embeddings"],
+            context=context_in(config) or config["max_position_embeddings"],
             is_tied=bool(config.get("tie_word_embeddings", False)),
             precision=_checkpoint_precision(config.get("quantization_config")),
         )

@@ -154,16 +154,23 @@ def _tokens(
     )
     if has_tries:
         completion = product(completion, SECOND_TRIES)
+    requests = [request for row in scale.rows for request in row.requests]
+    shared = counter.shared if len(requests) > 1 else 0
     if done.is_enough:
         answers = "measured"
-        if any(expected.per_token):
+        texts = total(lambda request: request.prompt - shared)  # without the instructions
+        if any(expected.per_token) and texts.mid:
+            if has_tries:
+                texts = product(texts, SECOND_TRIES)
             completion = product(
-                prompt, done.completion_per(lambda counts: counts.usage.prompt_tokens)
+                texts,
+                done.completion_per(
+                    lambda counts: counts.usage.prompt_tokens - shared * counts.usage.requests
+                ),
             )
         else:
             per_row = done.completion_per(lambda counts: counts.rows)
             completion = Interval(*(scale.of * each for each in per_row))
-    requests = [request for row in scale.rows for request in row.requests]
     overflow = getattr(sketcher.task, "overflow", "cut")
     cut = scale.count(lambda row: row.is_cut)
     native = None
@@ -172,11 +179,10 @@ def _tokens(
         native = scale.share_of(lambda row: all(_fits(r, own) for r in row.requests))
     prompts = sum(request.prompt for request in requests)
     is_cached = job.model.engine.get("enable_prefix_caching", job.model.backend == "vllm")
-    shared = counter.shared if len(requests) > 1 else 0
     cached = float(shared // CACHE_BLOCK * CACHE_BLOCK) if is_cached else 0.0
     of_done = done.total.usage
     if done.is_enough and of_done.prompt_tokens:
-        cached = of_done.cached_tokens / of_done.prompt_tokens * prompts / max(1, len(requests))
+        cached = of_done.cached_tokens / max(1, of_done.requests)
     ratios, output_ratio = _ratios(job, counter, requests, done)
     return TokenEstimate(
         source=counter.source,

@@ -104,6 +104,9 @@ def _measured(estimate: Estimate, job: JobConfig, output: Folder) -> Duration | 
         record = json.loads(output.read(path))
         usage = record["this_run"]["usage"]
         tokens = usage["prompt_tokens"] + usage["completion_tokens"]
+        gpus = record.get("gpus_per_replica", 0)
+        if job.model.backend == "vllm" and gpus not in (0, job.model.world_size):
+            continue  # a replica was another thing then
         if record["seconds"] >= ENOUGH_SECONDS and tokens:
             # Among its workers are those that took others' places.
             had = max(1, min(record["workers"], record["replicas"]))
@@ -112,8 +115,8 @@ def _measured(estimate: Estimate, job: JobConfig, output: Folder) -> Duration | 
             pace = record["seconds"] / tokens * had / replicas
             pairs = zip(estimate.tokens.prompt, estimate.tokens.completion, strict=True)
             wall = Interval(*(pace * (prompt + completion) for prompt, completion in pairs))
-            gpus = replicas * record.get("gpus_per_replica", 0)
-            return Duration(wall, Interval(*(gpus * each for each in wall)), replicas, "measured")
+            gpu = Interval(*(replicas * gpus * each for each in wall))
+            return Duration(wall, gpu, replicas, "measured")
     return None
 
 

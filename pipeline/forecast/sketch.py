@@ -38,7 +38,7 @@ from pipeline.generate import MESSAGE_TOKENS, EngineGenerate, texts_of
 from pipeline.identity import is_template_file
 from pipeline.lanes import Lane
 from pipeline.meter import Meter
-from pipeline.model import read_config, resolve_model
+from pipeline.model import context_in, read_config, resolve_model
 from pipeline.records import Completion, Row, counted_as
 from pipeline.task import TEMPLATE_TOKENS, ExpectedAnswer, LongTextTask, Task
 from pipeline.tokens import RowText, is_control_token
@@ -123,8 +123,8 @@ def context_of(model: ModelConfig) -> int:
         return given
     if model.backend != "vllm":
         return DEFAULT_CONTEXT
-    own = read_config(model).get("max_position_embeddings")
-    if not isinstance(own, int):
+    own = context_in(read_config(model))
+    if own is None:
         raise ModelError(f"{model.id}: its config.json names no max_position_embeddings")
     return own
 

@@ -69,7 +69,8 @@ def estimate_lines(estimate: Estimate) -> Iterator[tuple[str, str]]:
     if estimate.room:
         yield "model fits", _fit_line(estimate.room)
     if estimate.duration:
-        yield "time", f"{_time_line(estimate.duration)}{of_these}"
+        knows = estimate.tokens is not None and estimate.tokens.answers != "unknown"
+        yield "time", f"{_time_line(estimate.duration, knows)}{of_these}"
     if estimate.cost and estimate.currency and estimate.basis:
         cost = _money_range(estimate.cost, estimate.currency)
         yield "cost", f"{cost} ({estimate.basis}){of_these}"
@@ -131,13 +132,14 @@ def _fit_line(room: Room) -> str:
     )
 
 
-def _time_line(duration: Duration) -> str:
+def _time_line(duration: Duration, knows_answers: bool) -> str:
     low, mid, high = map(span, duration.wall)
     replicas = f"{duration.replicas:,} replica(s)"
     if duration.source == "measured":
         return f"{mid} ({low} to {high}) on {replicas}, at the last run's rate"
+    likely = f", likely about {mid}" if knows_answers else ""
     return (
-        f"{low} to {high} on {replicas}, likely about {mid}, without the engines' starts "
+        f"{low} to {high} on {replicas}{likely}, without the engines' starts "
         "(computed, not measured: from the limit of physics to what good engines reach)"
     )
 

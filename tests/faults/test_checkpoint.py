@@ -129,7 +129,9 @@ def test_4_second_run_leaves_the_first_ones_files_alone(
         if len(server.bodies) == 6:
             in_flight.parent.mkdir(exist_ok=True)
             in_flight.write_bytes(b"half a part")
-            second.append(job.start("run").wait())
+            later = job.start("run")
+            second.append(later.wait())
+            assert "another run of this job is running" in later.errors
         return bracketed(body)
 
     in_flight = job.output / "_axbatch/tmp/in-flight"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pipeline.cluster
+import pipeline.merging
 import pipeline.report.reporter
 import pipeline.worker
 from pipeline.cli import command
@@ -59,6 +60,7 @@ class InTurn(ThreadPoolExecutor):
 
 def leave_ray_out() -> None:
     pipeline.report.reporter.ThreadPoolExecutor = InTurn
+    pipeline.merging.ThreadPoolExecutor = InTurn
     pipeline.cluster.ray_cluster = no_cluster
     pipeline.cluster.receipts = receipts_here
     pipeline.cluster.replica_resources = lambda job, lane, units: ONE
