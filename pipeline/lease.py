@@ -185,7 +185,7 @@ def read_holder(output: Folder) -> Holder | None:
         except FileNotFoundError:
             return None
         except StorageError as error:
-            if not reads_left > 1 or getattr(error.__cause__, "errno", None) != errno.ESTALE:
+            if reads_left == 1 or getattr(error.__cause__, "errno", None) != errno.ESTALE:
                 raise  # on NFS, a file that is replaced between opening and reading it is stale
     raise AssertionError("READS is 1 at least")
 
