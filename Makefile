@@ -15,7 +15,7 @@ READY := .venv/ready
 help:
 	@echo "make setup   the virtual environment in .venv (no GPU needed)"
 	@echo "make demo    translate the sample with the embedded model on real vLLM"
-	@echo "make test    all tests"
+	@echo "make test    the tests, but for those that take longest"
 	@echo "make faults  every fault of tests/faults/README.md, with real processes"
 	@echo "make soak    half an hour of random faults"
 	@echo "make check   ruff and mypy"

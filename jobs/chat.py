@@ -47,7 +47,8 @@ class Chat(Task):
 
     returns: Literal["message", "messages", "response"] = "message"
     """message: the answer, a struct. messages: all that the model and the tools said. response:
-    the API's `chat.completion` as JSON text, all choices and logprobs in it."""
+    the API's `chat.completion` as JSON text, all choices and logprobs in it; one that was cut off
+    is ok."""
 
     system: str | None = None
     """System turn of conversations that have none."""

@@ -1,6 +1,6 @@
 """Attempts: which rows were in an engine when it died, so that no row kills engines for ever.
 
-    <machine's temporary folder>/<run>.<pid>.journal         what is in a worker's engine now
+    <machine's temporary folder>/<run>.<lane>.<pid>.journal  what is in a worker's engine now
     <output>/_axbatch/attempts/<shard>/<range>.<how>.<id>    one per crash and range, durable
 
 A worker writes its journal before rows reach its engine; that is local, and costs microseconds.

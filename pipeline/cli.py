@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 EPILOG = """exit codes:
   0    done, within `limits`
-  1    stopped by a fault (storage, cluster, engine); the same command goes on
+  1    stopped by a fault (storage, cluster, engine); the same command goes on. Of verify: the
+       output is not what it should be
   2    the job file or the arguments are wrong
   3    too many rows not ok
   4    refused: changed identity or input, or the same job is active
@@ -68,8 +69,13 @@ def _validate(options: argparse.Namespace, console: Console) -> int:
     plan = _plan(job, task)
     check_lanes(job.model)
     check_accounting(job.accounting)
-    valid = f"{options.job}: valid; {plan.rows:,} rows in {len(plan.shards):,} file(s)"
-    console.print(valid, markup=False, highlight=False, soft_wrap=True)
+    rows, files = plan.rows, len(plan.shards)
+    valid = f"{options.job}: valid; {rows:,} rows in {files:,} file(s)"
+
+    def show() -> None:
+        console.print(valid, markup=False, highlight=False, soft_wrap=True)
+
+    _answer(options, console, {"valid": True, "rows": rows, "files": files}, show)
     return 0
 
 
@@ -253,7 +259,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--show", action="store_true", help="show five rows at the end")
     submit = add("submit", _submit, "submit the job to a running Ray cluster")
     submit.add_argument(
-        "--address", metavar="URL", help="http://HOST:8265; default: RAY_API_SERVER_ADDRESS"
+        "--address",
+        metavar="URL",
+        help="http://HOST:8265; default: RAY_API_SERVER_ADDRESS, then RAY_ADDRESS",
     )
     return parser
 

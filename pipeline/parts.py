@@ -62,7 +62,7 @@ class Stamp:
     identity: str
     shard: str
     fingerprint: str
-    """Of the input file: size and etag or mtime."""
+    """Of the input file: size, etag or mtime, and a hash of its Parquet footer."""
     start: int
     stop: int
     counts: Counts

@@ -132,7 +132,8 @@ def _parquet_files(config: InputConfig, output: Folder) -> list[_InputFile]:
             else:
                 raise InputError(
                     f"{origin}: not a kind of file that can be read",
-                    "Known: .parquet, .jsonl, .json, .csv, .txt. Narrow `input.path` with a glob.",
+                    "Known: .parquet, .jsonl, .json, .ndjson, .csv, .txt. "
+                    "Narrow `input.path` with a glob.",
                 )
     return [files[name] for name in sorted(files)]
 

@@ -355,6 +355,11 @@ def find_files(url: str) -> tuple[Folder, list[Entry]]:
         raise InputError(f"{url}: {what}", "Check `input.path`.")
     odd = {name.removeprefix(base) for name, info in found.items() if info["type"] != "file"}
     for entry in visible:
+        if not entry.path.isascii() and any("\ud800" <= c <= "\udfff" for c in entry.path):
+            raise InputError(
+                f"{base}{ascii(entry.path)[1:-1]}: its name is not UTF-8",
+                "Rename it, or narrow `input.path`.",
+            )
         if entry.path in odd:
             raise InputError(
                 f"{base}{entry.path}: is no file (a link to a folder, or to nothing)",

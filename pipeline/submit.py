@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import re
 import shlex
 import shutil
@@ -63,6 +64,8 @@ def submit_job(job: JobConfig, address: str | None) -> Submitted:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    if address:  # Ray prefers what these variables say
+        os.environ["RAY_API_SERVER_ADDRESS"] = address
     try:
         client = JobSubmissionClient(address)
         for handler in logging.getLogger("ray").handlers:

@@ -136,7 +136,8 @@ class LongTextTask(Task):
 
     chunk_tokens: int | None = Field(None, ge=SMALLEST)
     """Most tokens of a text that the model gets whole, and of the pieces of a longer one. null: a
-    text may have `sampling.max_tokens`, pieces half as many; less where the context is small."""
+    text may have `sampling.max_tokens`, pieces half as many, less where the context is small; of a
+    kind whose answers are short, or with `overflow: reject`, what `max_tokens` leaves of it."""
 
     overflow: Literal["chunk", "truncate_head", "truncate_tail", "reject"] = "chunk"
     """What becomes of a longer text. chunk: it is cut, and the results are joined.

@@ -316,7 +316,7 @@ async def test_http_starts_with_a_server_that_lists_no_models(
     server.models = error(404, "no such page")
     started = engine(max_retries=0)
     server.replies = [error(404, "no such page")]
-    with pytest.raises(EngineError, match="Mend the server or the key"):
+    with pytest.raises(EngineError, match=r"does not serve `served` there(.|\n)*end in /v1"):
         await started.chat(ask("Hello"))
     assert (await started.chat(ask("Hello"))).text == "fine"
     server.replies = [error(403, "blocked")]

@@ -97,6 +97,8 @@ SEVERAL_TYPES = {"type": "object", "properties": {"price": {"type": ["integer", 
 
 # fmt: off
 JOB_FILE = [
+    wrong("input on the web", job={"input.path": "https://host.example/a.parquet"},
+          says="input.path: must be a local path, s3:// or hf://", next="download it first"),
     wrong("unknown key at the top", job={"smapling": {"temperature": 0}},
           says="smapling: unknown key", next="Did you mean `sampling`?"),
     wrong("unknown key in a section", job={"sampling.temprature": 0.5},
@@ -279,13 +281,10 @@ MODEL = [
     wrong("unknown vLLM option", command="run", marks=[pytest.mark.engine, pytest.mark.ray],
           job={**VLLM, "model.id": "demo", "model.engine.max_num_sequences": 8},
           says=["model.engine", "max-num-sequences"], next="Did you mean `max_num_seqs`?"),
-    wrong("wrong value of a vLLM option", command="run",
-          marks=[pytest.mark.engine, pytest.mark.ray],
-          job={**VLLM, "model.id": "demo", "model.engine.dtype": "float33"},
-          says=["model.engine", "dtype", "float33"], next="choose from"),
     wrong("no cluster to submit to", 1, command="submit",
-          arguments=["job.yaml", "--address", NO_SERVER],
-          says=f"Ray at {NO_SERVER}: Failed to connect", next="--address http://HOST:8265"),
+          arguments=["job.yaml", "--address", NO_SERVER], env={"RAY_ADDRESS": "http://127.0.0.1:8"},
+          says=f"Ray at {NO_SERVER}: Failed to connect to Ray at address: {NO_SERVER}",
+          next="--address http://HOST:8265"),
 ]
 
 SECRETS = [

@@ -1,4 +1,4 @@
-"""What `axbatch plan` prints of what a job will take."""
+"""What `axbatch plan` prints of what a job will take, and `validate` of one that is right."""
 
 import json
 import random
@@ -46,3 +46,13 @@ def test_plan_is_shown_with_what_it_takes(
     for label in ("tokens in", "tokens out", "lanes", "cost", "compared", "Other"):
         assert label in out
     assert not (job.folder / "out").exists()
+
+
+def test_validate_answers_programs_too(
+    prepared: Prepare, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = job_file(prepared(["one", None]))
+    assert main(["validate", file]) == 0
+    assert "valid; 2 rows in 1 file(s)" in capfd.readouterr().out
+    assert main(["validate", "--json", file]) == 0
+    assert json.loads(capfd.readouterr().out) == {"valid": True, "rows": 2, "files": 1}

@@ -1,5 +1,6 @@
 """What a plan refuses, by name: inputs, outputs and columns that cannot be used, and no others."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,15 @@ def test_file_of_an_unknown_kind_is_named(
     with pytest.raises(InputError, match=r"README\.md: not a kind of file"):
         plan(job(tmp_path))
     assert plan(job(tmp_path, input={"path": str(tmp_path / "in/*.parquet")})).rows == 1
+
+
+def test_file_whose_name_is_not_utf8_is_named(
+    tmp_path: Path, job: MakeJob, plan: MakePlan, write_parquet: Write
+) -> None:
+    write_parquet(tmp_path / "in" / "a.parquet", texts(1))
+    (tmp_path / "in/a.parquet").rename(tmp_path / os.fsdecode(b"in/\xb4\xba.parquet"))
+    with pytest.raises(InputError, match=r"udcb4.*: its name is not UTF-8"):
+        plan(job(tmp_path))
 
 
 def test_missing_input_is_named(tmp_path: Path, job: MakeJob, plan: MakePlan) -> None:

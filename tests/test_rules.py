@@ -401,3 +401,8 @@ def test_guide_shows_the_files_as_they_are(path: str) -> None:
     assert f"\n{(ROOT / path).read_text(encoding='utf-8').strip()}\n```" in README.read_text(
         "utf-8"
     )
+
+
+def test_readme_shows_the_demos_job() -> None:
+    shown = README.read_text("utf-8").partition("```yaml\n")[2].partition("```")[0]
+    assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "configs/demo.yaml").read_text("utf-8"))

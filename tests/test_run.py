@@ -15,9 +15,10 @@ import pytest
 from pipeline.errors import TooManyNotOkError
 from pipeline.records import Counts
 from pipeline.run import check_hope
+from tests.faults import without_ray
 from tests.runs import Job
 
-pytestmark = pytest.mark.ray
+needs_ray = pytest.mark.ray
 
 ECHO = {"id": "echo", "backend": "echo"}
 SLOW = {**ECHO, "engine": {"seconds_per_request": 0.4, "max_num_seqs": 32}}
@@ -46,6 +47,7 @@ def job_with_input(folder: Path, model: dict[str, Any], sizes: list[int], **more
     return job
 
 
+@needs_ray
 def test_output_mirrors_input_and_a_second_run_starts_nothing(tmp_path: Path) -> None:
     job = job_with_input(tmp_path, ECHO, [500, 0, 1, 333], cluster={"replicas": 2})
 
@@ -65,6 +67,7 @@ def test_output_mirrors_input_and_a_second_run_starts_nothing(tmp_path: Path) ->
     assert not job.parts(), "parts of a published shard are dropped"
 
 
+@needs_ray
 @pytest.mark.parametrize("fault", ["kill driver", "kill worker", "SIGINT"])
 def test_run_cut_short_is_completed_by_the_same_command(tmp_path: Path, fault: str) -> None:
     sizes = [700, 300]
@@ -97,6 +100,7 @@ def test_run_cut_short_is_completed_by_the_same_command(tmp_path: Path, fault: s
     assert job.verify()["rows"] == sum(sizes)
 
 
+@needs_ray
 def test_elastic_replicas_grow_while_there_is_work(tmp_path: Path) -> None:
     job = job_with_input(tmp_path, SLOW, [1500], cluster={"replicas": {"min": 1, "max": 2}})
     assert job.run()["workers"] == 2
@@ -105,6 +109,7 @@ def test_elastic_replicas_grow_while_there_is_work(tmp_path: Path) -> None:
 
 def test_new_files_are_added_and_changed_prompt_is_refused(tmp_path: Path) -> None:
     job = job_with_input(tmp_path, ECHO, [40])
+    job.module = without_ray.__name__
     job.run()
     job.write_input("f1.parquet", sentences(30, 1))
 
@@ -118,12 +123,14 @@ def test_new_files_are_added_and_changed_prompt_is_refused(tmp_path: Path) -> No
 
 def test_too_many_rows_not_ok_is_exit_code_3(tmp_path: Path) -> None:
     job = job_with_input(tmp_path, ECHO, [100])
+    job.module = without_ray.__name__
     run = job.start("run", "--set", "limits.max_failed_fraction=0.01")
     assert run.wait() == 3
     assert "limits.max_failed_fraction" in run.printed
     assert job.verify()["statuses"]["rejected"] == 4
 
 
+@needs_ray
 def test_s3_to_s3(tmp_path: Path, s3_url: str) -> None:
     import s3fs
 
@@ -168,6 +175,7 @@ def test_hopeless_job_is_stopped_and_no_other(
     assert raised.value.exit_code == 3
 
 
+@needs_ray
 def test_hopeless_run_ends_early_and_goes_on_with_another_limit(tmp_path: Path) -> None:
     job = job_with_input(tmp_path, {**SLOW, "engine": {"seconds_per_request": 0.02}}, [])
     job.write_input("a.parquet", pa.table({"en": pa.nulls(10_000, pa.string())}))
@@ -178,11 +186,13 @@ def test_hopeless_run_ends_early_and_goes_on_with_another_limit(tmp_path: Path) 
     assert "--set limits.max_failed_fraction=1" in run.errors
     done = job.rows_done()
     assert 1_000 <= done < 20_000
+    job.module = without_ray.__name__  # the rest is quicker so
     summary = job.run("--set", "limits.max_failed_fraction=1", "--set", "model.engine={}")
     assert summary["this_run"]["rows"] == 20_000 - done
     assert job.verify()["statuses"] == {"ok": 10_000, "rejected": 10_000, "failed": 0}
 
 
+@needs_ray
 def test_sigterm_lets_what_has_begun_be_committed_and_begins_no_more(tmp_path: Path) -> None:
     slow = {**ECHO, "engine": {"seconds_per_request": 1.0, "max_num_seqs": 8}}
     job = Job(tmp_path, model=slow, input={"path": str(tmp_path / "in"), "rows_per_unit": 8})
@@ -199,10 +209,12 @@ def test_sigterm_lets_what_has_begun_be_committed_and_begins_no_more(tmp_path: P
     done = job.rows_done()
     assert f"drained: {400 - done} rows are left to do" in log.read_text()
     assert 16 <= done < 400, "the units that had begun were committed"
+    job.module = without_ray.__name__
     assert job.run("--set", "model.engine={}")["this_run"]["rows"] == 400 - done
     assert job.verify()["rows"] == 400
 
 
+@needs_ray
 def test_sigterm_gives_up_what_takes_longer_than_the_grace(tmp_path: Path) -> None:
     slow = {**ECHO, "engine": {"seconds_per_completion_token": 0.1}}
     job = Job(
@@ -218,4 +230,5 @@ def test_sigterm_gives_up_what_takes_longer_than_the_grace(tmp_path: Path) -> No
     run.signal(signal.SIGTERM)
     assert run.wait() == 130
     assert job.rows_done() == 8
+    job.module = without_ray.__name__
     assert job.run("--set", "model.engine={}")["this_run"]["rows"] == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,30 +64,19 @@ def unseen_sentences(count: int) -> pa.Table:
     return pa.table({"en": [s.en for s in chosen], "right": [s.ko for s in chosen]})
 
 
-LAYOUTS: dict[str, dict[str, object]] = {
-    "two-replicas": {"cluster": {"replicas": 2}},
-    "tensor-parallel": {
-        "model": {"id": "demo", "engine": {**CPU_OPTIONS, "tensor_parallel_size": 2}}
-    },
-}
-
-
-@pytest.mark.parametrize(
-    "layout", [pytest.param("two-replicas", marks=pytest.mark.slow), "tensor-parallel"]
-)
-def test_translations_are_right_whatever_the_parallelism(tmp_path: Path, layout: str) -> None:
+@pytest.mark.slow
+def test_translations_of_two_replicas_are_right(tmp_path: Path) -> None:
+    job = demo_job(tmp_path, cluster={"replicas": 2})
     table = unseen_sentences(200)
-    job = demo_job(tmp_path, **LAYOUTS[layout])
     job.write_input("a.parquet", table[:110])
     job.write_input("b.parquet", table[110:])
     summary = job.run()
-    assert summary["job"]["statuses"]["failed"] == 0
-    assert summary["job"]["statuses"]["ok"] >= 196
+    assert summary["workers"] == 2
     assert job.verify() == summary["job"]
-    made = pa.concat_tables(pq.read_table(job.output / f"{f}.parquet") for f in "ab")
-    assert pc.sum(pc.equal(made["right"], made["ko"])).as_py() >= 176
+    check_translations(job, {"a.parquet": table[:110], "b.parquet": table[110:]})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not NTREX.is_file(), reason="the NTREX sentences are not beside the checkout")
 def test_ntrex_mirrors_its_input_and_a_second_run_starts_no_engine(tmp_path: Path) -> None:
     sentences = tsv(NTREX, "en", "ko").rename_columns(["en", "reference"])
@@ -112,15 +102,33 @@ def test_ntrex_mirrors_its_input_and_a_second_run_starts_no_engine(tmp_path: Pat
 
 def test_killed_engine_is_replaced_and_leaves_nothing_behind(tmp_path: Path) -> None:
     """`make faults` has the other processes, and what a driver is ended by."""
-    rows = 150
     # Few sequences at once make it slow enough to be caught in the middle.
-    job = demo_job(tmp_path, model={"id": "demo", "engine": {**CPU_OPTIONS, "max_num_seqs": 8}})
-    job.write_input("a.parquet", unseen_sentences(rows))
+    engine = {**CPU_OPTIONS, "max_num_seqs": 8, "tensor_parallel_size": 2}
+    job = demo_job(tmp_path, model={"id": "demo", "engine": engine})
+    table = with_odd_columns(unseen_sentences(160))
+    files = {
+        f"part-{i}.parquet": table[a:b] for i, (a, b) in enumerate(pairwise([0, 0, 1, 60, 160]))
+    }
+    for name, rows in files.items():
+        job.write_input(name, rows)
     run = job.start("run", "--json")
     run.wait_for_rows(32)
     engines = engines_among(run.family())
     next(process for process in engines if "EngineCore" in "".join(process.cmdline())).kill()
     assert not psutil.wait_procs(engines, timeout=30)[1], "a dead engine's workers were left"
     assert run.wait() == 0, run.errors
-    verified = job.verify()
-    assert (verified["rows"], verified["statuses"]["failed"]) == (rows, 0)
+    again = job.run()
+    assert (again["this_run"]["rows"], again["log"]) == (0, None)
+    assert job.verify() == again["job"]
+    check_translations(job, files)
+
+
+def check_translations(job: Job, files: Mapping[str, pa.Table]) -> None:
+    """All rows are there in their order, none failed, and of 100 translations 88 are right."""
+    made = {name: pq.read_table(job.output / name) for name in files}
+    for name, given in files.items():
+        assert made[name].select(given.column_names).cast(given.schema).equals(given)
+    rows = pa.concat_tables(made.values())
+    assert "failed" not in rows["_status"].to_pylist()
+    assert pc.mean(pc.equal(rows["_status"], "ok")).as_py() >= 0.98
+    assert pc.mean(pc.equal(rows["right"], rows["ko"])).as_py() >= 0.88

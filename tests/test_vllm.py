@@ -17,7 +17,7 @@ from infra.demo_model.exam import held_out_sentences
 from jobs.translate import Translate
 from pipeline.config.model import ModelConfig
 from pipeline.engine import EngineGone
-from pipeline.engine.vllm import VllmEngine
+from pipeline.engine.vllm import VllmEngine, _serve_args
 from pipeline.errors import ModelError, RowRejected
 from pipeline.model import DEMO_MODEL
 from pipeline.records import Completion
@@ -145,11 +145,24 @@ async def test_document_cannot_close_its_own_turn(demo: VllmEngine) -> None:
     assert [i for i in ids if i in turn_starts_and_ends] == [*plain[:2], *plain[-3:]]
 
 
-async def test_unknown_engine_option_names_the_nearest() -> None:
+async def test_wrong_engine_options_are_refused_with_what_would_be_right() -> None:
     model = ModelConfig(id=str(DEMO_MODEL), engine={"max_model_length": 512})
     with pytest.raises(ModelError, match="max-model-length") as error:
         VllmEngine(model, cpus=1)
     assert "max_model_len" in error.value.hint
+    model = ModelConfig(id=str(DEMO_MODEL), engine={"dtype": "float33"})
+    with pytest.raises(ModelError, match=r"model\.engine: .*dtype.*float33.*choose from.*bfloat16"):
+        VllmEngine(model, cpus=1)
+
+
+async def test_a_tokenizer_from_elsewhere_has_a_revision_of_its_own() -> None:
+    def revisions(**engine: str) -> tuple[str, str | None]:
+        args = _serve_args(ModelConfig(id="me/tuned", revision="3f2c", engine=engine))
+        return args.revision, args.tokenizer_revision
+
+    assert revisions() == ("3f2c", None), "vLLM takes the model's"
+    assert revisions(tokenizer="their/own") == ("3f2c", "main")
+    assert revisions(tokenizer="their/own", tokenizer_revision="v2") == ("3f2c", "v2")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ class InputConfig(Section):
 
     path: str | list[str] | None = None
     """File, folder, glob, or a list of them; local, s3:// or hf://. Parquet is read in place;
-    .jsonl, .json, .csv and .txt files are staged to Parquet once."""
+    .jsonl, .json, .ndjson, .csv and .txt files are staged to Parquet once."""
 
     dataset: str | None = None
     """A `datasets` hub id or a local dataset folder; staged to Parquet once."""
@@ -44,6 +44,8 @@ class InputConfig(Section):
     def _no_credentials(cls, path: str | list[str] | None) -> str | list[str] | None:
         for url in [path] if isinstance(path, str) else path or []:
             without_credentials(url)
+            if url.startswith(("http://", "https://")):
+                raise ValueError("must be a local path, s3:// or hf://; download it first")
         if path == []:
             raise ValueError("names no file or folder")
         return path

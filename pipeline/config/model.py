@@ -153,7 +153,8 @@ class SamplingConfig(Section):
     """0 is greedy."""
 
     max_tokens: int = Field(1024, ge=1)
-    """Most tokens of one answer; an answer cut off there is not ok."""
+    """Most tokens of one answer; an answer cut off there is not ok, unless the result is the whole
+    response."""
 
     top_p: float | None = Field(None, gt=0, le=1)
     """Nucleus sampling."""

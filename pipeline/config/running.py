@@ -65,7 +65,7 @@ class ClusterConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """In which order a replica computes, and what it need not. Changes no output."""
+    """In which order a replica computes, and what it need not. Changes no answer."""
 
     longest_first: bool = True
     """Of the requests that wait for a replica's engine, the longest goes first: a long one that

@@ -133,11 +133,16 @@ class HttpEngine:
 
     def _gone(self, error: openai.OpenAIError) -> EngineError:
         """The server is away, or refuses us: no row's fault, and true of all rows to come."""
-        return EngineError(
-            f"{self._model.base_url}: {type(error).__name__} after {self._options.max_retries} "
-            "retries",
-            "Mend the server or the key; then the same command goes on where it stopped.",
-        )
+        then = "then the same command goes on where it stopped."
+        url, said = self._model.base_url, type(error).__name__
+        if isinstance(error, openai.NotFoundError):
+            return EngineError(
+                f"{url}: does not serve `{self._model.id}` there (404)",
+                f"Mend `model.base_url`, which is likely to end in /v1, or `model.id`; {then}",
+            )
+        if isinstance(error, openai.APIConnectionError):
+            said += f" after {self._options.max_retries} retries"
+        return EngineError(f"{url}: {said}", f"Mend the server or the key; {then}")
 
 
 def _options(model: ModelConfig) -> HttpOptions:

@@ -268,7 +268,9 @@ def _serve_args(model: ModelConfig, where: str = "model.engine") -> Any:
     options = {**DEFAULT_OPTIONS, "max_num_seqs": model.max_num_seqs, **model.engine}
     options["model"] = model.id
     if model.revision is not None:
-        options |= {"revision": model.revision, "tokenizer_revision": model.revision}
+        options["revision"] = model.revision
+        if options.get("tokenizer") is not None:  # vLLM would look for the revision there too
+            options.setdefault("tokenizer_revision", "main")
     if model.world_size > 1:
         # One replica's GPUs are one node's; vLLM must not build a Ray cluster inside ours.
         options.setdefault("distributed_executor_backend", "mp")

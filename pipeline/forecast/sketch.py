@@ -121,6 +121,11 @@ def context_of(model: ModelConfig) -> int:
     given = model.engine.get("max_model_len")
     if isinstance(given, int) and given > 0:
         return given
+    if given not in (None, "auto", -1):
+        raise ModelError(
+            f"model.engine.max_model_len: the plan can't compute with `{given}`",
+            "Write it as a plain number.",
+        )
     if model.backend != "vllm":
         return DEFAULT_CONTEXT
     own = context_in(read_config(model))
@@ -136,7 +141,8 @@ def _of_engine(model: ModelConfig, model_id: str) -> PromptTokens:
     source, key = model_id, "model.id"
     if options.get("tokenizer") is not None:
         source, key = str(options["tokenizer"]), "model.engine.tokenizer"
-    revision = model.revision or options.get("tokenizer_revision")
+    own = model.revision if source == model_id else None
+    revision = options.get("tokenizer_revision") or own
     template = options.get("chat_template")
     if is_template_file(template):  # vLLM also knows some by names, which we do not
         try:

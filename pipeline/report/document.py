@@ -27,9 +27,10 @@ from pipeline.accounting import (
     bucket_start,
 )
 from pipeline.config import JobConfig
+from pipeline.config.costs import Prices
 from pipeline.parquet import input_errors, open_parquet
 from pipeline.plan import Plan
-from pipeline.prices import money
+from pipeline.prices import basis_of, money
 from pipeline.records import STATUSES
 from pipeline.status import Status
 from pipeline.storage import Folder
@@ -92,7 +93,7 @@ def make_report(
         "texts": _texts(account, job.output.column),
         "money": _money(job, status, _beside(counts.usage, used, lost), gpu_s, state == "running"),
         "time": _time(runs, status, gpu_s, state == "running"),
-        "plan": _plan(expected),
+        "plan": _plan(expected, job.accounting.prices),
         "runs": [_run(run) for run in runs],
         "environment": environment(job, runs),
         "samples": [*_samples(job, task, plan, output)],
@@ -250,9 +251,11 @@ def _time(
     }
 
 
-def _plan(expected: dict[str, Any] | None) -> dict[str, Any] | None:
+def _plan(expected: dict[str, Any] | None, prices: Prices | None) -> dict[str, Any] | None:
+    """What was expected; its cost only while prices are what they were."""
     if not expected or not expected["prompt"]:
         return None
+    same_prices = prices is not None and expected["basis"] == basis_of(prices)
 
     def ends(of: dict[str, float] | None) -> list[float] | None:
         return [of["low"], of["high"]] if of else None
@@ -262,7 +265,7 @@ def _plan(expected: dict[str, Any] | None) -> dict[str, Any] | None:
         "completion": expected["completion"],
         "rows": expected["rows"],
         "seconds": ends(expected["seconds"]),
-        "cost": ends(expected["cost"]),
+        "cost": ends(expected["cost"]) if same_prices else None,
     }
 
 
@@ -303,5 +306,7 @@ def _quoted(value: pa.Scalar) -> str:
         plain = value.as_py()
     except UnicodeDecodeError:
         return "(not UTF-8)"
+    except (ValueError, OverflowError):  # a date behind the year 9999
+        return "(no value in Python)"
     text = plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False, default=str)
     return text if len(text) <= QUOTED else f"{text[:QUOTED]}…"

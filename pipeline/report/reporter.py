@@ -164,9 +164,10 @@ class Reporter:
                 return
             self._expected = read_expected(self._output)
             self._before = read_status(self._plan, self._output, without=run)
-            if self._expected is None:
+            identity = self._plan.identity
+            if self._expected is None or self._expected.get("identity") != identity:
                 estimate = estimate_job(self._job, self._task, self._plan, self._output)
-                self._expected = estimate.to_json()
+                self._expected = {"identity": identity, **estimate.to_json()}
                 self._output.replace(PLAN_FILE, json.dumps(self._expected, indent=1).encode())
 
     def _keep(self, ledger: Ledger, record: dict[str, Any]) -> None:

@@ -200,6 +200,8 @@ def show_examples(
     per_shard = -(-EXAMPLES // max(1, len(published)))
     shown = 0
     for shard in published:
+        if shown == EXAMPLES:
+            break
         with output.open(shard.shard.name) as file:
             names = [*columns, column, "_status"]
             first: pa.RecordBatch | None = next(
@@ -219,6 +221,8 @@ def _shown(scalar: pa.Scalar) -> str:
         value = scalar.as_py()
     except UnicodeDecodeError:
         return "(not UTF-8)"
+    except (ValueError, OverflowError):  # a date behind the year 9999
+        return "(no value in Python)"
     if value is not None and pa.types.is_nested(scalar.type):
         plain = to_jsonable_python(without_nulls(value), bytes_mode="base64")
         text = yaml.safe_dump(plain, allow_unicode=True, sort_keys=False, width=10_000).rstrip()

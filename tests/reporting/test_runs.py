@@ -24,6 +24,7 @@ from pipeline.lease import LEASE
 from pipeline.report.reporter import PLAN_FILE, read_runs, store_record
 from pipeline.retry import Retry
 from pipeline.storage import Folder
+from tests.conftest import make_plan_of
 from tests.faults.without_ray import receipts_here
 from tests.reporting.conftest import Job, captured, fail_on, stop_after, usage_of
 from tests.runs import Job as CommandLine
@@ -263,6 +264,26 @@ def test_plan_of_the_first_run_stays(job: Job, monkeypatch: pytest.MonkeyPatch) 
     job.run()
     assert job.output.read(PLAN_FILE) == first
     assert job.report["plan"]["rows"] == 31
+
+
+def test_plan_is_that_of_this_job_and_its_cost_that_of_these_prices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prices(currency: str) -> dict[str, Any]:
+        return {"accounting": {"prices": {"input": 1.0, "output": 2.0, "currency": currency}}}
+
+    before = Job(tmp_path, task={"instructions": "Be brief."}, **prices("USD"))
+    before.write("a.parquet", ["one", "two"])
+    stop_after(monkeypatch, 0, ClusterError("the engine did not start"))
+    with pytest.raises(ClusterError):
+        before.run()
+    monkeypatch.setattr(pipeline.cluster, "receipts", receipts_here)
+    mended = Job(tmp_path, **prices("USD"))
+    mended.run()
+    assert before.read("plan.json")["identity"] == make_plan_of(mended.config).identity
+    assert mended.report["plan"]["cost"]
+    Job(tmp_path, **prices("KRW")).write_report()
+    assert mended.report["plan"]["prompt"] and mended.report["plan"]["cost"] is None
 
 
 def test_command_writes_the_report_and_says_where_it_is(tmp_path: Path) -> None:

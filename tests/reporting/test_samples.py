@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 import pipeline.cluster
 import pipeline.report.reporter
 from pipeline.errors import Interrupted
+from pipeline.report.document import _quoted
+from pipeline.report.tables import _shown
 from pipeline.retry import Retry
 from tests.faults.without_ray import receipts_here
 from tests.reporting.conftest import Job, fail_on, in_one_thread, stop_after
@@ -70,3 +73,14 @@ def test_names_with_html_in_them_are_text(tmp_path: Path, monkeypatch: pytest.Mo
     page = job.text("report.html")
     assert "<script" not in page
     assert "&lt;script&gt;alert(&#39;1&#39;)" in page and "&lt;script&gt;alert(2)" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (pa.scalar(9_999_999, pa.date32()), "(no value in Python)"),
+        (pa.array([b"\xff"]).view(pa.string())[0], "(not UTF-8)"),
+    ],
+)
+def test_what_python_cannot_hold_is_said_so(value: pa.Scalar, shown: str) -> None:
+    assert _quoted(value) == _shown(value) == shown
