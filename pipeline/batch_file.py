@@ -28,10 +28,11 @@ import pyarrow as pa
 from pydantic_core import from_json
 
 from pipeline.errors import InputError, NoSuchFileError, RefusedError, VerifyError
+from pipeline.filesystems import storage_errors
 from pipeline.parquet import input_errors, open_parquet, parquet_writer, read_batches
 from pipeline.parts import Stamp
 from pipeline.staging import SOURCE_KEY, STAGED, short_hash, stage_once, staged_name, suffix_of
-from pipeline.storage import Entry, Folder, storage_errors
+from pipeline.storage import Entry, Folder
 
 FORMAT = "openai-batch"
 """The value of `input.format`."""

@@ -67,7 +67,11 @@ def whole(text: str) -> Split:
     """`text` as it is, in one chunk."""
     first, last = _skip_space(text, 0), len(text.rstrip())
     is_code = any(start <= first and last <= stop for start, stop in fenced_blocks(text))
-    return Split((Chunk(text, is_code),), ("", ""))
+    return Split((Chunk(text, is_code or not _has_words(text)),), ("", ""))
+
+
+def _has_words(text: str) -> bool:
+    return any(map(str.isalnum, text))
 
 
 def surely_fits(text: str, budget: int) -> bool:
@@ -96,7 +100,7 @@ def split(text: str, budget: int, count: Count, language: str = "en") -> Split:
         stop = outline.cut(start)
         chunk = text[start:stop].rstrip()
         stop = start + len(chunk)
-        is_verbatim = outline.is_code(start, stop) or not any(map(str.isalnum, chunk))
+        is_verbatim = outline.is_code(start, stop) or not _has_words(chunk)
         chunks.append(Chunk(chunk, is_verbatim))
         start = _skip_space(text, stop)
         separators.append(text[stop:start])
@@ -152,7 +156,8 @@ def _split_at(text: str, places: Sequence[int]) -> Split:
             start = _skip_space(text, start)
             separators[-1] = text[done:start]
             done = start + len(chunk)
-            chunks.append(Chunk(chunk, any(a <= start and done <= b for a, b in code)))
+            is_code = any(a <= start and done <= b for a, b in code)
+            chunks.append(Chunk(chunk, is_code or not _has_words(chunk)))
             separators.append("")
     separators[-1] = text[done:]
     return Split(tuple(chunks), tuple(separators))

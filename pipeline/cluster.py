@@ -172,6 +172,17 @@ def await_gpus(world: int, replicas: int, wait_s: float) -> None:
         request_resources(bundles=[])  # a standing wish would keep machines that are idle
 
 
+def machines() -> set[str]:
+    """The names of those that are in the cluster now. Raises ClusterError."""
+    try:
+        return {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"Ray gave up: {type(error).__name__}: {_last_line(error)}",
+            "The same command goes on where this run stopped.",
+        ) from error
+
+
 def _resources_of_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 

@@ -20,8 +20,12 @@ from pydantic_core import from_json
 from pipeline.checks import check_finished, finished_text
 from pipeline.errors import RowFailed, RowRejected
 from pipeline.records import Completion, Message, Row
+from pipeline.tokens import ZERO_WIDTH_SPACE
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+
+LONGEST_TOKEN = 200
+"""Characters of a control token, at most."""
 
 Clean = Callable[[Any], Any]
 """`Generate.clean`."""
@@ -154,7 +158,20 @@ def _checked(given: Any, clean: Clean) -> Message:
     content = message["content"]
     if not isinstance(content, str) and not _are_parts(content):
         raise ValueError("`content` must be text or a list of parts, each with its `type`")
+    if not isinstance(content, str):
+        _part(content, clean)
     return message
+
+
+def _part(parts: list[dict[str, Any]], clean: Clean) -> None:
+    """Break a control token whose pieces stand in parts that a template may put side by side."""
+    before = ""
+    for part in parts:
+        if part["type"] != "text":
+            continue
+        if clean(before + part["text"]) != before + part["text"]:
+            before, part["text"] = "", ZERO_WIDTH_SPACE + part["text"]
+        before = (before + part["text"])[-LONGEST_TOKEN:]
 
 
 def _are_parts(content: Any) -> bool:

@@ -72,16 +72,20 @@ class EngineGenerate:
 
     async def _defer_if_too_long(self, body: Mapping[str, Any]) -> None:
         """Raises RowDeferred if prompt and answer need a longer context, and there is one."""
-        answer = body.get("max_completion_tokens") or body.get("max_tokens") or self.max_tokens
+        asked = body.get("max_completion_tokens") or body.get("max_tokens")
+        answer = asked or self.max_tokens
         if not isinstance(answer, int):
             return  # the engine will say what is wrong with it
+        # vLLM refuses to try for more than there can be, however short the prompt.
+        is_refused = asked is not None and answer > self.max_model_len
         here, later = (room(own, answer) for own in (self.max_model_len, self.longest_model_len))
         texts = list(texts_of(body))
-        if all(surely_fits(text, here // (2 * len(texts))) for text in texts):
+        fits = all(surely_fits(text, here // (2 * len(texts))) for text in texts)
+        if fits and not is_refused:
             return
         prompt = await asyncio.to_thread(lambda: sum(map(self.count_tokens, texts)))
         prompt += TEMPLATE_TOKENS + MESSAGE_TOKENS * len(texts)
-        if here < prompt <= later:
+        if (is_refused or here < prompt) and prompt <= later and answer <= self.longest_model_len:
             # A conversation that has begun goes on growing.
             needs = self.longest_model_len if self._has_begun else prompt + answer
             raise RowDeferred(min(needs, self.longest_model_len))

@@ -85,8 +85,10 @@ class Lease:
     def __enter__(self) -> Lease:
         """Raises RefusedError if another run lives; waits up to SILENCE_S to see if it does."""
         data = _encoded(self._own)
-        if not self._output.create(LEASE, data):
-            holder = read_holder(self._output)
+        # Looked for first: some stores let it be created over another's.
+        holder = read_holder(self._output)
+        if holder or not self._output.create(LEASE, data):
+            holder = holder or read_holder(self._output)
             if holder:
                 self._wait_for_end(holder)
             self._output.replace(LEASE, data)

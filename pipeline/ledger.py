@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -105,6 +105,8 @@ class Ledger:
         self._read: set[str] = set()
         """Files of dead workers that have been taken over."""
         self._dead: set[str] = set()
+        self._hosts: set[str] = set()
+        """Machines that were there."""
         self._at_once = 0
         """Replicas that hold their GPUs from the lane's begin on, heard of or not."""
         self._lane_from_s, self._heard_before = 0.0, 0
@@ -148,6 +150,15 @@ class Ledger:
                 known.is_gone = False
                 self._forget_silence(worker)
                 self._end_silent(worker)
+
+    def see_machines(self, hosts: Collection[str]) -> None:
+        """`hosts` are there now. Workers of one that was and is no more are gone with it."""
+        with self._lock:
+            lost = self._hosts - set(hosts)
+            self._hosts |= set(hosts)
+            for worker in self._alive():
+                if worker.rpartition(":")[0] in lost:
+                    self._is_gone(worker)
 
     def end_lane(self) -> None:
         """Its workers have nothing left to do."""
@@ -281,10 +292,13 @@ class Ledger:
         others = [name for name in self._alive() if name != heard]
         if len(others) < self.replicas:
             return False
-        gone = min(others, key=lambda name: self.workers[name].last_s)
-        self.workers[gone].is_gone = True
-        self._mark(self.workers[gone].last_s, SILENT, gone)
+        self._is_gone(min(others, key=lambda name: self.workers[name].last_s))
         return True
+
+    def _is_gone(self, worker: str) -> None:
+        """Since it was last heard of."""
+        self.workers[worker].is_gone = True
+        self._mark(self.workers[worker].last_s, SILENT, worker)
 
     def _forget_silence(self, worker: str) -> None:
         self.marks = [m for m in self.marks if (m["replica"], m["what"]) != (worker, SILENT)]

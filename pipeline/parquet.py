@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, NoSuchFileError, RowRejected
+from pipeline.filesystems import storage_errors
 from pipeline.records import Row
 
 READ_ROWS = 4_096
@@ -70,7 +71,8 @@ def _python_row(table: pa.Table | pa.RecordBatch, index: int) -> Row | RowReject
 
 @contextmanager
 def input_errors(url: str) -> Iterator[None]:
-    """Turn Arrow's and the filesystem's complaints about `url` into an InputError."""
+    """Turn what Arrow says of `url` into an InputError, and what its disk says into a
+    StorageError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -78,7 +80,8 @@ def input_errors(url: str) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         # Arrow reports damaged pages and headers as OSError too, without an errno.
         if isinstance(error, OSError) and error.errno is not None:
-            raise
+            with storage_errors(url):
+                raise
         text = " ".join(str(error).split())[:200]
         raise InputError(
             f"{url}: not readable as Parquet: {text}",

@@ -200,7 +200,7 @@ def _compute(
     not_ok_before = plan.published_counts.not_ok
     # Ray takes a second to import, which a run with nothing to do needn't.
     apply_ray_settings(remote=cluster_address(job) is not None)
-    from pipeline.cluster import ray_cluster, receipts, replica_resources
+    from pipeline.cluster import machines, ray_cluster, receipts, replica_resources
     from pipeline.worker import WorkerSpec
 
     output = Folder(job.output.path)
@@ -218,7 +218,9 @@ def _compute(
             ledger.add(receipt)
             progress.add(receipt)
             publisher.received(receipt)
-            reporter.tick()
+            if reporter.is_due:
+                ledger.see_machines(machines())
+                reporter.tick()
             # Rows to retry may well be not ok again; that says nothing about the job.
             if publisher.missing_rows and not is_retry:
                 limit = job.limits.max_failed_fraction

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, ValidationError, best_match
+from jsonschema.validators import extend
 from pydantic import BaseModel
 from pydantic import ValidationError as ModelError
 from pydantic.errors import PydanticUserError
@@ -32,6 +34,19 @@ SCALARS = {
 }
 LARGEST = 2**63 - 1
 SEVERAL = ("anyOf", "oneOf")
+
+
+def _multiple_of(validator: Any, of: Any, value: Any, _: Schema) -> Iterator[ValidationError]:
+    """As they are written: in binary fractions, 19.99 is no multiple of 0.01."""
+    if validator.is_type(value, "number") and _exact(value) % _exact(of):
+        yield ValidationError(f"is not a multiple of {of}")
+
+
+def _exact(number: float) -> Fraction:
+    return Fraction(number if isinstance(number, int) else str(number))
+
+
+ExactValidator: Any = extend(Draft202012Validator, {"multipleOf": _multiple_of})
 
 
 class AnswerSchema:
@@ -82,8 +97,8 @@ class AnswerSchema:
             raise RowRejected(f"schema_mismatch: {path}: {first['type']}") from None
 
     @cached_property
-    def _validator(self) -> Draft202012Validator:
-        return Draft202012Validator(self.schema)
+    def _validator(self) -> Any:
+        return ExactValidator(self.schema)
 
 
 def load_model(path: str) -> type[BaseModel]:

@@ -8,21 +8,25 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pyarrow as pa
 
 from pipeline.batch_file import FORMAT, files_beside, stage_requests
 from pipeline.config import JobConfig
-from pipeline.config.data import InputConfig
+from pipeline.config.data import InputConfig, InputFormat
 from pipeline.errors import InputError, RefusedError
+from pipeline.filesystems import absolute_url
 from pipeline.parquet import input_errors, open_parquet
 from pipeline.parts import result_fields
 from pipeline.plain_files import KINDS
 from pipeline.staging import STAGED, stage_dataset, stage_file, staged_name, suffix_of
-from pipeline.storage import Entry, Folder, absolute_url, find_files
+from pipeline.storage import Entry, Folder, find_files
 from pipeline.task import Task
 
 FOOTER_THREADS = 32
+STAGED_AT_ONCE = 8
+"""Plain files; each has copies in the temporary folder until it is Parquet."""
 UNIT_BYTES = 1 << 20
 """Most bytes of task columns in one unit, so that a unit stays far under ten minutes."""
 
@@ -121,21 +125,29 @@ def _parquet_files(config: InputConfig, output: Folder) -> list[_InputFile]:
     for url in config.paths:
         source, entries = find_files(url)
         _refuse_overlap(url, source, output)
-        for entry in entries:
-            origin = f"{source.url}/{entry.path}"
-            if config.format == FORMAT:
-                add(staged_name(entry.path), output, stage_requests(source, entry, output), origin)
-            elif suffix_of(entry.path) in KINDS:
-                add(staged_name(entry.path), output, stage_file(source, entry, output), origin)
-            elif suffix_of(entry.path) in (".parquet", ".pq") or len(entries) == 1:
-                add(entry.path, source, entry, origin)
-            else:
-                raise InputError(
-                    f"{origin}: not a kind of file that can be read",
-                    "Known: .parquet, .jsonl, .json, .ndjson, .csv, .txt. "
-                    "Narrow `input.path` with a glob.",
-                )
+        is_only = len(entries) == 1
+        with ThreadPoolExecutor(STAGED_AT_ONCE) as pool:
+            read_as = partial(_read_as, config.format, source, output, is_only)
+            for entry, file in zip(entries, pool.map(read_as, entries), strict=True):
+                add(*file, f"{source.url}/{entry.path}")
     return [files[name] for name in sorted(files)]
+
+
+def _read_as(
+    form: InputFormat, source: Folder, output: Folder, is_only: bool, entry: Entry
+) -> tuple[str, Folder, Entry]:
+    """The name of the output file, and the Parquet file to read: the entry itself, or what it is
+    staged to. `is_only`: whatever its suffix, it is meant."""
+    if form == FORMAT:
+        return staged_name(entry.path), output, stage_requests(source, entry, output)
+    if suffix_of(entry.path) in KINDS:
+        return staged_name(entry.path), output, stage_file(source, entry, output)
+    if suffix_of(entry.path) in (".parquet", ".pq") or is_only:
+        return entry.path, source, entry
+    raise InputError(
+        f"{source.url}/{entry.path}: not a kind of file that can be read",
+        "Known: .parquet, .jsonl, .json, .ndjson, .csv, .txt. Narrow `input.path` with a glob.",
+    )
 
 
 def _refuse_overlap(url: str, source: Folder, output: Folder) -> None:

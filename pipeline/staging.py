@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 
 from pipeline.config.data import InputConfig
 from pipeline.errors import InputError, JobFileError, NoSuchFileError
+from pipeline.filesystems import absolute_url, storage_errors
 from pipeline.parquet import parquet_writer
 from pipeline.plain_files import KINDS, convert
-from pipeline.storage import Entry, Folder, absolute_url, storage_errors
+from pipeline.storage import Entry, Folder
 
 STAGED = "_axbatch/staged"
 SOURCE_KEY = b"axbatch_source"

@@ -21,11 +21,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, cast
 
-import fsspec
 import pyarrow as pa
-from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import AxbatchError, InputError, JobFileError, StorageError
+from pipeline.errors import InputError, StorageError
+from pipeline.filesystems import (
+    absolute_url,
+    filesystem_of,
+    open_input,
+    protocols_of,
+    storage_errors,
+)
+
+NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
+"""What file systems without them say, each its own."""
 
 MULTIPART_BYTES = 64 << 20
 """Size of one piece of a large upload; S3 allows 10,000 pieces, so a file may have 640 GB."""
@@ -34,8 +42,6 @@ RACERS = 8
 DELETED_AT_ONCE = 16
 LEFT_AFTER = timedelta(days=1)
 """So long that no clock is that wrong, and no upload that slow."""
-
-CHECK_ADDRESS = "Check the address (for S3: AWS_ENDPOINT_URL) and the network."
 
 
 @dataclass(frozen=True, order=True)
@@ -63,7 +69,7 @@ class Folder:
         self.filesystem, self.root = filesystem_of(self.url)
         if self.root.strip("/") and not self.url.endswith("://"):
             self.url = self.url.rstrip("/")  # as files of it are named in messages
-        self.is_local = "file" in _protocols(self.filesystem)
+        self.is_local = "file" in protocols_of(self.filesystem)
         if has_answered:
             self.filesystem.has_answered = True
 
@@ -209,103 +215,16 @@ class Folder:
                 final.hardlink_to(temporary)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in NO_HARD_LINKS:
+                    raise
+                raise StorageError(
+                    f"{self.url}/{path}: this file system has no hard links between folders, by "
+                    "which results are committed",
+                    "Choose an `output.path` on another disk, or s3://.",
+                ) from error
         _sync_directory(final.parent)
         return True
-
-
-class LocalFiles(LocalFileSystem):  # type: ignore[misc]
-    """Lists a link as the file that it leads to, and says when it cannot list a folder: fsspec's
-    own takes the former for no file, and the latter for empty."""
-
-    def info(self, path: Any, **options: Any) -> dict[str, Any]:
-        info: dict[str, Any] = super().info(path, **options)
-        if info["islink"] and isinstance(path, os.DirEntry):
-            with suppress(OSError):  # it leads to nothing, or to itself
-                target: dict[str, Any] = super().info(info["name"])
-                if target["type"] == "file":
-                    return target
-        return info
-
-    def walk(
-        self, path: Any, maxdepth: Any = None, topdown: bool = True, *_: Any, **options: Any
-    ) -> Any:
-        def stop(error: OSError) -> None:
-            name = posixpath.basename(str(error.filename or ""))
-            is_gone = isinstance(error, FileNotFoundError)  # removed meanwhile
-            if not (is_gone or name.startswith(".") or name == "lost+found"):  # of a disk's root
-                raise error
-
-        return super().walk(path, maxdepth, topdown, stop, **options)
-
-
-def absolute_url(url: str) -> str:
-    """A URL as it is; a local path absolute, without `~` and `..`."""
-    return url if "://" in url else os.path.abspath(os.path.expanduser(url))  # noqa: PTH100, PTH111
-
-
-def filesystem_of(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem for `url` and the path in it. Raises JobFileError if unknown."""
-    if url.startswith(("s3://", "s3a://")):
-        from pipeline.s3 import PatientS3  # takes its time, which local paths needn't
-
-        # A cached listing hides parts that other processes have committed meanwhile; Cloudflare's
-        # R2 wants all pieces of an upload to be of one size.
-        filesystem = PatientS3(use_listings_cache=False, fixed_upload_size=True)
-        path = filesystem._strip_protocol(url)
-        if not path:
-            raise JobFileError(f"{url}: names no bucket", "Give s3://BUCKET/PATH.")
-        return filesystem, path
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise JobFileError(f"{url}: {_short(error)}", "Known: local paths, s3://, hf://.") from None
-    return LocalFiles() if type(filesystem) is LocalFileSystem else filesystem, path
-
-
-def open_input(filesystem: Any, path: str) -> pa.NativeFile:
-    """A readable, seekable Arrow file: native on disk, through fsspec elsewhere."""
-    if "file" in _protocols(filesystem):
-        return pa.OSFile(path, "rb")
-    # Arrow asks for exact ranges; fsspec's read-ahead would fetch most of them twice.
-    return pa.PythonFile(filesystem.open(path, "rb", cache_type="none"), mode="r")
-
-
-@contextmanager
-def storage_errors(url: str) -> Iterator[None]:
-    """Turn what filesystems raise into errors that say what to do. FileNotFoundError passes."""
-    try:
-        yield
-    except (AxbatchError, FileNotFoundError, pa.ArrowException):
-        raise
-    except NotADirectoryError as error:
-        raise JobFileError(
-            f"{url}: a file is in the way of a folder", "Choose another `output.path`."
-        ) from error
-    except PermissionError as error:
-        hint = "Check the credentials and their rights."
-        if "RequestTimeTooSkewed" in _short(error):
-            hint = "Set this machine's clock; the store refuses what is signed at another time."
-        raise StorageError(f"{url}: access denied ({_short(error)})", hint) from error
-    except OSError as error:
-        hint = "Nothing half-written counts; run the same command again once storage is back."
-        if error.errno == errno.ENOSPC:
-            hint = "Free some space, then run the same command again."
-        elif type(error).__module__.startswith("botocore"):
-            hint = CHECK_ADDRESS
-        raise StorageError(f"{url}: {_short(error)}", hint) from error
-    except Exception as error:
-        # Most of botocore's errors share no base with OSError; none is importable without it.
-        libraries = ("botocore", "aiobotocore", "aiohttp", "huggingface_hub", "httpx")
-        is_endpoint = isinstance(error, ValueError) and "endpoint" in str(error)
-        if not (type(error).__module__.startswith(libraries) or is_endpoint):
-            raise
-        is_credentials = any(word in type(error).__name__ for word in ("redential", "Profile"))
-        hint = (
-            "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or an instance role."
-            if is_credentials
-            else CHECK_ADDRESS
-        )
-        raise StorageError(f"{url}: {_short(error)}", hint) from error
 
 
 @contextmanager
@@ -331,6 +250,8 @@ def find_files(url: str) -> tuple[Folder, list[Entry]]:
     """
     url = absolute_url(url)
     filesystem, path = filesystem_of(url)
+    if "//" in path.strip("/"):  # of an object store alone: another object than without it
+        raise InputError(f"{url}: a part of its key is empty", "Rename it: keys have no `//`.")
     with storage_errors(url):
         if filesystem.isfile(path):
             found, root = {path: filesystem.info(path)}, posixpath.dirname(path)
@@ -355,6 +276,11 @@ def find_files(url: str) -> tuple[Folder, list[Entry]]:
         raise InputError(f"{url}: {what}", "Check `input.path`.")
     odd = {name.removeprefix(base) for name, info in found.items() if info["type"] != "file"}
     for entry in visible:
+        if posixpath.normpath(entry.path) != entry.path:  # of an object store alone
+            raise InputError(
+                f"{base}{entry.path}: a part of its key is empty, or dots",
+                "Rename it, or narrow `input.path`.",
+            )
         if not entry.path.isascii() and any("\ud800" <= c <= "\udfff" for c in entry.path):
             raise InputError(
                 f"{base}{ascii(entry.path)[1:-1]}: its name is not UTF-8",
@@ -378,19 +304,6 @@ def _entry(path: str, info: dict[str, Any]) -> Entry:
         if info.get(key) is not None:
             return Entry(path, int(info["size"]), str(info[key]).strip('"'))
     return Entry(path, int(info["size"]), "")
-
-
-def _protocols(filesystem: Any) -> tuple[str, ...]:
-    protocol = filesystem.protocol
-    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
-
-
-def _short(error: BaseException) -> str:
-    # s3fs turns a reply without a message into OSError("None"); the reply has a code at least.
-    response = getattr(error.__cause__, "response", None) or {}
-    code = str(response.get("Error", {}).get("Code", ""))
-    text = " ".join(str(error).split()).removesuffix("None").strip()
-    return text[:300] or code or type(error).__name__
 
 
 def _flush(sink: IO[bytes]) -> None:

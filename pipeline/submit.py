@@ -21,10 +21,11 @@ import jobs
 import pipeline
 from pipeline.config import JobConfig
 from pipeline.errors import ClusterError, RefusedError
+from pipeline.filesystems import absolute_url
 from pipeline.identity import absolute_model_id, absolute_options
 from pipeline.imports import modules_in
 from pipeline.ray_settings import apply_ray_settings
-from pipeline.storage import Folder, absolute_url
+from pipeline.storage import Folder
 
 PACKAGES = [Path(module.__file__ or "").parent for module in (pipeline, jobs)]
 AFTER_GRACE_S = 10

@@ -121,6 +121,8 @@ def _guarded(value: Any, path: str) -> Any:
         return {key: _guarded(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_guarded(item, path) for item in value)
+    if isinstance(value, bytes):  # Python would print them as b'…'
+        raise RowRejected(f"not_text: {path}")
     return value
 
 

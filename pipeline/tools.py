@@ -26,6 +26,7 @@ from pipeline.conversations import Clean, arguments_of, check_messages, cleaned,
 from pipeline.errors import RowFailed, RowRejected
 from pipeline.imports import import_named
 from pipeline.records import Completion, Message
+from pipeline.schemas import ExactValidator
 
 Ask = Callable[[list[Message]], Awaitable[Completion]]
 
@@ -123,6 +124,11 @@ class Toolbox:
             raise
         except TimeoutError:
             return _error(f"no result within {self._timeout_s:g} s")
+        except (SystemExit, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if task and task.cancelling():  # it is we who are to end
+                raise
+            return _error(type(error).__name__)
         except Exception as error:
             # The user's code may raise anything. The type alone: the message may hold secrets.
             return _error(type(error).__name__)
@@ -132,7 +138,7 @@ class Toolbox:
         """What it returns. The time begins once it is its turn. Raises TimeoutError, RowFailed if
         so many hang that there may be no thread for another one, and what the function raises."""
         if inspect.iscoroutinefunction(function):
-            return await asyncio.wait_for(function(**arguments), self._timeout_s)
+            return await asyncio.wait_for(_contained(function, arguments), self._timeout_s)
         async with self._free:
             if self._hanging >= CALLS:
                 raise RowFailed(f"tool_hangs: {CALLS} calls have not ended")
@@ -150,6 +156,18 @@ class Toolbox:
         self._hanging -= 1
         if not call.cancelled():
             call.exception()  # else asyncio says that nobody asked for it
+
+
+class Exited(Exception):
+    """A user's coroutine wanted to end the process."""
+
+
+async def _contained(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What it returns. Raises what it raises; but SystemExit would end the event loop."""
+    try:
+        return await function(**arguments)
+    except SystemExit as error:
+        raise Exited from error
 
 
 def _validated(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,7 +225,7 @@ def _validator(name: str, definition: Mapping[str, Any]) -> Any:
     except jsonschema.SchemaError as error:
         raise ValueError(f"`{name}`: parameters are no JSON Schema: {error.message}") from None
     # A registry of its own, as the default one fetches whatever address a `$ref` names.
-    return jsonschema.Draft202012Validator(schema, registry=Registry())
+    return ExactValidator(schema, registry=Registry())
 
 
 def _error(what: str) -> str:

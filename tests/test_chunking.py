@@ -13,7 +13,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.chunking import LONG, Chunk, Split, cut_smaller, keep, split, split_aside, surely_fits
+from pipeline.chunking import (
+    LONG,
+    Chunk,
+    Split,
+    cut_smaller,
+    keep,
+    split,
+    split_aside,
+    surely_fits,
+    whole,
+)
 from pipeline.markup import find_marks
 from pipeline.model import DEMO_MODEL
 
@@ -229,6 +239,9 @@ def test_what_has_no_letter_is_verbatim() -> None:
     assert [(chunk.text, chunk.is_verbatim) for chunk in cut.chunks] == [
         ("a b c d", False), ("***", True), ("e f g h", False)
     ]  # fmt: skip
+    assert [chunk.is_verbatim for chunk in whole("😂 …").chunks] == [True]
+    smaller = cut_smaller("One two.\n\n***")
+    assert smaller and [chunk.is_verbatim for chunk in smaller.chunks] == [False, True]
 
 
 # --- join, cut_smaller, keep -----------------------------------------------------------------

@@ -86,6 +86,22 @@ def test_lease_is_gone_after_its_block(tmp_path: Path, holding: Any) -> None:
     assert not tmp(tmp_path).list()
 
 
+def test_second_run_is_refused_where_creates_overwrite(
+    tmp_path: Path, holding: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a store that does not know `If-None-Match`."""
+
+    def create(self: Folder, path: str, data: bytes) -> bool:
+        self.replace(path, data)
+        return True
+
+    monkeypatch.setattr(Folder, "create", create)
+    with pytest.raises(RefusedError, match="is running"), Lease(tmp(tmp_path), "second"):
+        pass
+    holder = read_holder(tmp(tmp_path))
+    assert holder is not None and holder.run == "first"
+
+
 def test_silent_run_on_another_machine_is_taken_over(tmp_path: Path) -> None:
     write(tmp(tmp_path), elsewhere("dead"))
     said: list[str] = []

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.accounting import NOTHING_USED, Usage
-from pipeline.ledger import AMOUNTS, BINS, ENGINES, Bins, Ledger, leave_reading
+from pipeline.ledger import AMOUNTS, BINS, ENGINES, SILENT, Bins, Ledger, leave_reading
 from pipeline.meter import Meter, Reading
 from pipeline.records import Counts, Output, Receipt, Unit
 from pipeline.report.timeline import Timeline
@@ -436,3 +436,18 @@ def test_meter_counts_tokens_as_they_come_and_a_reading_stays_as_it_was() -> Non
     assert meter.read().usage == times(2) + Usage(completion_tokens=3)
     read = replace(meter.read(), busy_s=1.5, up_s=2.5)
     assert Reading.from_json(json.loads(json.dumps(read.to_json()))) == read
+
+
+def test_workers_of_a_machine_that_is_gone_cost_no_more(tmp_path: Path) -> None:
+    run = Run(tmp_path, replicas=3, gpus=2)
+    run.ledger.see_machines({"a", "b"})
+    run.commit("a:1", at=10)
+    run.commit("b:1", at=20)
+    run.commit("b:2", at=20)
+    run.ledger.see_machines({"a"})
+    run.commit("a:1", at=100)
+    assert run.marks == [(20.0, SILENT, "b:1"), (20.0, SILENT, "b:2")]
+    assert run.ledger.gpu_s == 2 * (100 + 20 + 20)
+    run.commit("b:1", at=110)  # it was there all the same
+    run.ledger.end_lane()
+    assert run.ledger.gpu_s == 2 * (110 + 110 + 20)

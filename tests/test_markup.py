@@ -31,7 +31,7 @@ PROSE = [
     "100% sure, 5%do, 50%s of it, 3% increase", "a < b and c > d", "<Parasite>와 <기생충>",
     "<your name>", "<개정 2014.6.11>", "\\section{Introduction} \\textbf{bold}",
     "{a: b} { x } {see below}", "it's `quoted' so", ":ref:`a label` and `a reference`_",
-    "user@home, @me, a@b", "http:// ftp", "[x](a b)", "```\nnever closed",
+    "user@home, @me, a@b", "http:// ftp", "[x](a b)", "[속보](종합) 정부 발표", "```\nnever closed",
     "~~~~~~~~\nprose\n~~~~~~~~",
 ]  # fmt: skip
 
@@ -64,6 +64,11 @@ def test_korean_may_follow_a_mark_without_a_space(mark: str) -> None:
         ("[a](https://x.kr)(참고)", "https://x.kr"),
         ("(https://x.kr/a_(b)[1])", "https://x.kr/a_(b)[1]"),
         ("https://x.kr[[", "https://x.kr"),
+        ("According to www.whitehouse.gov's page", "www.whitehouse.gov"),
+        ("See [Django](https://djangoproject.com)'s manual.", "https://djangoproject.com"),
+        ("A [GitHub](https://github.com/x)-hosted project.", "https://github.com/x"),
+        ("[Home](https://a.com)/[Pricing]", "https://a.com"),
+        ("[a guide](docs/guide.html) (new)", "docs/guide.html"),
     ],
 )
 def test_brackets_behind_a_url_are_its_own_only_if_they_open_and_close_there(

@@ -44,6 +44,7 @@ LAYERS = [
         "pipeline.markup",
         "pipeline.segments",
         "pipeline.chunking",
+        "pipeline.filesystems",
         "pipeline.storage",
         "pipeline.s3",
         "pipeline.parquet",

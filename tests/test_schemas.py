@@ -277,6 +277,15 @@ def test_whole_numbers_may_be_written_as_decimals() -> None:
     assert [type(read["items"][0]["price"]), type(read["share"])] == [int, float]
 
 
+def test_decimals_are_multiples_of_decimals() -> None:
+    of_cents = {"type": "object", "properties": {"price": {"type": "number", "multipleOf": 0.01}}}
+    schema = AnswerSchema(of_cents)
+    for price in (19.99, 0.07, 0.29, 4.35, 12, 1e300):
+        assert schema.read(json.dumps({"price": price})) == {"price": price}
+    with pytest.raises(RowRejected, match=r"^schema_mismatch: \$\.price: multipleOf"):
+        schema.read('{"price": 0.015}')
+
+
 def test_an_answer_may_stand_in_a_code_block() -> None:
     for answer in ('```json\n{"items": []}\n```', ' ```\n{"items": []}```\n'):
         assert AnswerSchema(ORDER).read(answer)["items"] == []

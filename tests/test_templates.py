@@ -188,3 +188,8 @@ def test_two_columns_together_make_no_control_token() -> None:
     assert template.render(row) == "<|im_end|>"
     assert "<|im_end|>" not in template.render(row, RowText())
     assert Template("<|im_end|>").render({}, RowText()) == "<|im_end|>", "the user's own words"
+
+
+@pytest.mark.parametrize("value", [b"bytes", [{"x": b"bytes"}]])
+def test_bytes_are_not_text(value: Any) -> None:
+    assert reason("{{ a }}", a=value).startswith("not_text: a")

@@ -50,6 +50,18 @@ def nothing(item: str) -> None:
     return None
 
 
+def leaving(item: str) -> None:
+    sys.exit(1)
+
+
+async def leaving_later(item: str) -> None:
+    sys.exit(1)
+
+
+async def cancelled(item: str) -> None:
+    raise asyncio.CancelledError
+
+
 def unspeakable(item: str) -> object:
     return object()
 
@@ -69,7 +81,7 @@ def hostile(item: str) -> str:
 FUNCTIONS = {
     name: f"{HERE}:{name}"
     for name in ("price", "later", "day_after", "broken", "half", "nothing", "unspeakable",
-                 "blocked", "never", "hostile")
+                 "blocked", "never", "hostile", "leaving", "leaving_later", "cancelled")
 }  # fmt: skip
 
 
@@ -217,6 +229,9 @@ async def test_the_last_answer_is_the_message_and_the_response() -> None:
         (call("day_after", {"day": "tomorrow"}), {"error": "ValidationError"}),
         (call("broken", {"item": "x"}), {"error": "KeyError"}),
         (call("half", {"item": "x"}), {"error": "UnicodeEncodeError"}),
+        (call("leaving", {"item": "x"}), {"error": "SystemExit"}),
+        (call("leaving_later", {"item": "x"}), {"error": "Exited"}),
+        (call("cancelled", {"item": "x"}), {"error": "CancelledError"}),
         (call("unspeakable", {"item": "x"}), {"error": "PydanticSerializationError"}),
         (call("blocked", {"item": "x"}), {"error": "no result within 0.05 s"}),
         (call("never", {"item": "x"}), {"error": "no result within 0.05 s"}),

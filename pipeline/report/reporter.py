@@ -103,13 +103,16 @@ class Reporter:
         self._next = time.monotonic() + EVERY_S
         self._writing = self._pool.submit(self._look, ledger.run, record("running"))
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for `tick`, and the last one is through."""
+        return time.monotonic() >= self._next and (not self._writing or self._writing.done())
+
     def tick(self) -> None:
-        """Called with each receipt."""
-        if time.monotonic() < self._next or (self._writing and not self._writing.done()):
-            return
+        """To be called when it is due."""
+        self._next = time.monotonic() + EVERY_S
         if self._ledger is None or not (self._plan.is_retry or self._before):
             return
-        self._next = time.monotonic() + EVERY_S
         record = self._record("running")
         if self._before is None:
             # Rows of a retry are among those counted before: there is no report of them yet.

@@ -63,6 +63,7 @@ def leave_ray_out() -> None:
     pipeline.merging.ThreadPoolExecutor = InTurn
     pipeline.cluster.ray_cluster = no_cluster
     pipeline.cluster.receipts = receipts_here
+    pipeline.cluster.machines = set
     pipeline.cluster.replica_resources = lambda job, lane, units: ONE
     pipeline.worker.guard_children = lambda lock: None
 

@@ -127,6 +127,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `leave_ray_out` does, for one test, in one thread, and with this process's output."""
     monkeypatch.setattr(pipeline.cluster, "ray_cluster", no_cluster)
     monkeypatch.setattr(pipeline.cluster, "receipts", receipts_here)
+    monkeypatch.setattr(pipeline.cluster, "machines", set)
     monkeypatch.setattr(pipeline.cluster, "replica_resources", lambda job, lane, units: ONE)
     monkeypatch.setattr(pipeline.worker, "guard_children", lambda lock: None)
     for module in (pipeline.run, pipeline.worker):
