@@ -64,8 +64,10 @@ class Request(NamedTuple):
     error: str | None = None
 
 
-def stage_requests(source: Folder, entry: Entry, output: Folder) -> Entry:
-    """Stage one file of requests, see staging.py. Memory: a row group, or the longest line.
+def stage_requests(
+    source: Folder, entry: Entry, output: Folder, staged: Collection[str] = ()
+) -> Entry:
+    """Stage one file of requests, see `stage_file`. Memory: a row group, or the longest line.
 
     Raises InputError if the file is Parquet, or gone.
     """
@@ -83,7 +85,7 @@ def stage_requests(source: Folder, entry: Entry, output: Folder) -> Entry:
                 writer.write_table(table)
             writer.add_key_value_metadata({SOURCE_KEY: entry.fingerprint.encode()})
 
-    return stage_once(output, target, entry.fingerprint, write)
+    return stage_once(output, target, entry.fingerprint, write, staged)
 
 
 def _lines_of(source: Folder, path: str) -> Iterator[bytes | None]:

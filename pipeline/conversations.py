@@ -24,6 +24,15 @@ from pipeline.tokens import ZERO_WIDTH_SPACE
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
+TEXT_OF_PART = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "thinking": "thinking",
+}
+"""Where each type of content part that becomes text of a prompt has it, as vLLM does it."""
+
 LONGEST_TOKEN = 200
 """Characters of a control token, at most."""
 
@@ -167,11 +176,12 @@ def _part(parts: list[dict[str, Any]], clean: Clean) -> None:
     """Break a control token whose pieces stand in parts that a template may put side by side."""
     before = ""
     for part in parts:
-        if part["type"] != "text":
+        key = TEXT_OF_PART.get(part["type"], "")
+        if not isinstance(part.get(key), str):
             continue
-        if clean(before + part["text"]) != before + part["text"]:
-            before, part["text"] = "", ZERO_WIDTH_SPACE + part["text"]
-        before = (before + part["text"])[-LONGEST_TOKEN:]
+        if clean(before + part[key]) != before + part[key]:
+            before, part[key] = "", ZERO_WIDTH_SPACE + part[key]
+        before = (before + part[key])[-LONGEST_TOKEN:]
 
 
 def _are_parts(content: Any) -> bool:

@@ -107,6 +107,8 @@ class Ledger:
         self._dead: set[str] = set()
         self._hosts: set[str] = set()
         """Machines that were there."""
+        self._open_places = 0
+        """Of workers that went with them; nobody has taken these yet."""
         self._at_once = 0
         """Replicas that hold their GPUs from the lane's begin on, heard of or not."""
         self._lane_from_s, self._heard_before = 0.0, 0
@@ -121,6 +123,7 @@ class Ledger:
             self.end_lane()
             self.replicas, self.gpus_per_replica = replicas, gpus_per_replica
             self._at_once, self._lane_from_s = at_once, self._now()
+            self._open_places = 0
             self._heard_before = len(self.workers)
 
     def add(self, receipt: Receipt) -> None:
@@ -131,6 +134,9 @@ class Ledger:
                 begun = max(0.0, now - reading.up_s)
                 known = self.workers[worker] = WorkerLedger(begun, now, self.gpus_per_replica)
                 if self._end_silent(worker):
+                    self._mark(known.first_s, "replaced", worker)
+                elif self._open_places:
+                    self._open_places -= 1
                     self._mark(known.first_s, "replaced", worker)
             usage = receipt.counts.usage
             self.committed += usage
@@ -148,6 +154,7 @@ class Ledger:
             if known.is_gone and worker not in self._dead:
                 # It was only slow; so the one that is gone is another.
                 known.is_gone = False
+                self._open_places = max(0, self._open_places - 1)
                 self._forget_silence(worker)
                 self._end_silent(worker)
 
@@ -159,6 +166,7 @@ class Ledger:
             for worker in self._alive():
                 if worker.rpartition(":")[0] in lost:
                     self._is_gone(worker)
+                    self._open_places += 1
 
     def end_lane(self) -> None:
         """Its workers have nothing left to do."""

@@ -30,11 +30,12 @@ _NAME = r"[A-Za-z_][A-Za-z0-9_.-]{0,80}"
 _VALUE = r"""(?:"[^"<>]{0,400}"|'[^'<>]{0,400}'|[^\s"'<>=]{1,200})"""
 # In ASCII alone: Korean particles follow a URL without a space. Brackets are its own only in pairs,
 # and an English 's is not.
-_URL_CHARACTER = r"[A-Za-z0-9\-._~:/?\#@!$&'*+,;=%]"
+_CHARACTER = r"[A-Za-z0-9\-._~:/?\#@!$&'*+,;=%]"
+_INNER = rf"{_CHARACTER}|\({_CHARACTER}{{0,200}}\)|\[{_CHARACTER}{{0,200}}\]"
 _URL = rf"""(?:(?:https?|ftp)://|(?<![A-Za-z0-9.])www\.)
-    (?:(?!'s\b){_URL_CHARACTER}
-      | \((?:{_URL_CHARACTER}|\({_URL_CHARACTER}{{0,200}}\)){{0,200}}\)
-      | \[{_URL_CHARACTER}{{0,200}}\]
+    (?:(?!'s(?![\w\-/%?=&\#])){_CHARACTER}
+      | \((?:{_INNER}){{0,200}}\)
+      | \[(?:{_INNER}){{0,200}}\]
     )+"""
 
 _PLACEHOLDER = r"""
@@ -61,7 +62,7 @@ _INLINE = re.compile(
       | (?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{{1,64}}
             @[A-Za-z0-9][A-Za-z0-9.-]{{0,200}}\.[A-Za-z]{{2,20}}
       # [text](path/of/a/link), not [속보](종합), which is text in two kinds of brackets
-      | (?<=\]\()(?=[A-Za-z0-9_-]+\)|[^()\s]{{0,300}}[/.\#])[^()\s]{{1,300}}(?=\))
+      | (?<=\]\()(?=[^()\s]{{0,300}}[/.\#:?%=])[^()\s]{{1,300}}(?=\))
     )
   | (?P<placeholder>
         {_PLACEHOLDER}

@@ -12,7 +12,7 @@ import hashlib
 import posixpath
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -44,9 +44,10 @@ def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def stage_file(source: Folder, entry: Entry, output: Folder) -> Entry:
-    """Stage one JSON, CSV or text file. Returns the staged file's entry, below `output`, with the
-    source's tag. Memory: a row group, or the longest row.
+def stage_file(source: Folder, entry: Entry, output: Folder, staged: Collection[str] = ()) -> Entry:
+    """Stage one JSON, CSV or text file, unless it is among those that are `staged`. Returns the
+    staged file's entry, below `output`, with the source's tag. Memory: a row group, or the longest
+    row.
 
     Raises InputError if the file can't be read, or holds what Parquet has no type for.
     """
@@ -61,7 +62,7 @@ def stage_file(source: Folder, entry: Entry, output: Folder) -> Entry:
             plain.writelines(_pieces(source, entry.path))
         convert(copy, kind, url, path, {SOURCE_KEY: fingerprint.encode()})
 
-    return stage_once(output, target, fingerprint, write)
+    return stage_once(output, target, fingerprint, write, staged)
 
 
 def stage_dataset(config: InputConfig, output: Folder) -> Entry:
@@ -99,16 +100,23 @@ def _files_of(folder: str) -> list[tuple[str, int, str]]:
 
 
 def stage_once(
-    output: Folder, target: str, fingerprint: str, write: Callable[[str, Path], None]
+    output: Folder,
+    target: str,
+    fingerprint: str,
+    write: Callable[[str, Path], None],
+    staged: Collection[str] = (),
 ) -> Entry:
     """The staged file `target` below `output`. If it isn't there yet, or was made from something
     else, `write` makes it first, given a temporary folder and a path in it: a Parquet file with
-    `fingerprint` under SOURCE_KEY in its footer.
+    `fingerprint` under SOURCE_KEY in its footer. Of those in `staged` it is known already, as their
+    paths hold its hash.
 
     Raises StorageError if the disk is full, here or below `output`.
     """
-    staged = _staged_entry(output, target)
-    if staged is None or staged.fingerprint != fingerprint:
+    if target in staged:
+        return _entry(target, fingerprint)
+    found = _staged_entry(output, target)
+    if found is None or found.fingerprint != fingerprint:
         with (
             storage_errors(f"{tempfile.gettempdir()} (where {target} is made)"),
             tempfile.TemporaryDirectory(prefix="axbatch-staging-") as cache,
@@ -118,9 +126,9 @@ def stage_once(
             with local.open("rb") as file, output.replacing(target) as sink:
                 while piece := file.read(16 << 20):
                     sink.write(piece)
-        staged = _staged_entry(output, target)
-        assert staged is not None
-    return staged
+        found = _staged_entry(output, target)
+        assert found is not None
+    return found
 
 
 def _staged_entry(output: Folder, target: str) -> Entry | None:
@@ -129,6 +137,10 @@ def _staged_entry(output: Folder, target: str) -> Entry | None:
         return None
     with output.open(target) as file:
         made_from = (pq.read_metadata(file).metadata or {})[SOURCE_KEY].decode()
+    return _entry(target, made_from)
+
+
+def _entry(target: str, made_from: str) -> Entry:
     size, _, tag = made_from.partition(":")
     return Entry(target, int(size), tag)
 

@@ -113,17 +113,31 @@ class Null:
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _reject
 
 
+class Bytes(bytes):
+    """Bytes of a row. They may be tested and decoded; printed, they would be Python's b'…'."""
+
+    def __new__(cls, value: bytes, path: str) -> Bytes:
+        made = super().__new__(cls, value)
+        made._path = path
+        return made
+
+    _path: str
+
+    def _reject(self, *_: object) -> NoReturn:
+        raise RowRejected(f"not_text: {self._path}")
+
+    __str__ = __repr__ = __format__ = _reject
+
+
 def _guarded(value: Any, path: str) -> Any:
-    """`value` with a Null in the place of each None, at any depth."""
+    """`value` with a Null in the place of each None, and Bytes of bytes, at any depth."""
     if value is None:
         return Null(path)
     if isinstance(value, Mapping):
         return {key: _guarded(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_guarded(item, path) for item in value)
-    if isinstance(value, bytes):  # Python would print them as b'…'
-        raise RowRejected(f"not_text: {path}")
-    return value
+    return Bytes(value, path) if isinstance(value, bytes) else value
 
 
 class _Environment(ImmutableSandboxedEnvironment):

@@ -448,6 +448,9 @@ def test_workers_of_a_machine_that_is_gone_cost_no_more(tmp_path: Path) -> None:
     run.commit("a:1", at=100)
     assert run.marks == [(20.0, SILENT, "b:1"), (20.0, SILENT, "b:2")]
     assert run.ledger.gpu_s == 2 * (100 + 20 + 20)
+    run.commit("c:1", at=105, up=10)
+    assert run.marks[2:] == [(95.0, "replaced", "c:1")]
+    assert run.ledger.gpu_s == 2 * (105 + 20 + 20 + 10)
     run.commit("b:1", at=110)  # it was there all the same
     run.ledger.end_lane()
-    assert run.ledger.gpu_s == 2 * (110 + 110 + 20)
+    assert run.ledger.gpu_s == 2 * (110 + 110 + 20 + 15)

@@ -31,7 +31,8 @@ PROSE = [
     "100% sure, 5%do, 50%s of it, 3% increase", "a < b and c > d", "<Parasite>와 <기생충>",
     "<your name>", "<개정 2014.6.11>", "\\section{Introduction} \\textbf{bold}",
     "{a: b} { x } {see below}", "it's `quoted' so", ":ref:`a label` and `a reference`_",
-    "user@home, @me, a@b", "http:// ftp", "[x](a b)", "[속보](종합) 정부 발표", "```\nnever closed",
+    "user@home, @me, a@b", "http:// ftp", "[x](a b)", "[속보](종합) 정부 발표", "[Breaking](Update) news",
+    "```\nnever closed",
     "~~~~~~~~\nprose\n~~~~~~~~",
 ]  # fmt: skip
 
@@ -69,6 +70,12 @@ def test_korean_may_follow_a_mark_without_a_space(mark: str) -> None:
         ("A [GitHub](https://github.com/x)-hosted project.", "https://github.com/x"),
         ("[Home](https://a.com)/[Pricing]", "https://a.com"),
         ("[a guide](docs/guide.html) (new)", "docs/guide.html"),
+        ("[전화](tel:+82-2-123-4567)", "tel:+82-2-123-4567"),
+        ("[다음](?page=2)", "?page=2"),
+        ("https://x.kr/what's-new/a.html", "https://x.kr/what's-new/a.html"),
+        ("https://x.kr/?f[a(b)]=1 참고", "https://x.kr/?f[a(b)]=1"),
+        ("https://x.kr/wiki/[[Page]]", "https://x.kr/wiki/[[Page]]"),
+        ("https://x.kr/(a[b])", "https://x.kr/(a[b])"),
     ],
 )
 def test_brackets_behind_a_url_are_its_own_only_if_they_open_and_close_there(

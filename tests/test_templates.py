@@ -192,4 +192,13 @@ def test_two_columns_together_make_no_control_token() -> None:
 
 @pytest.mark.parametrize("value", [b"bytes", [{"x": b"bytes"}]])
 def test_bytes_are_not_text(value: Any) -> None:
-    assert reason("{{ a }}", a=value).startswith("not_text: a")
+    for printing in ("{{ a }}", "x {{ a ~ 1 }}", "{{ a | upper }}", "{{ '%s' % a }}"):
+        assert reason(printing, a=value).startswith("not_text: a")
+
+
+def test_bytes_may_be_tested_decoded_and_stand_beside_text() -> None:
+    source = (
+        "{% if a.bytes %}{{ a.path }}, {{ a.bytes | length }}, {{ a.bytes.decode() }}{% endif %}"
+    )
+    row = {"a": {"bytes": "글".encode(), "path": "cat.png"}}
+    assert Template(source).render(row) == "cat.png, 3, 글"

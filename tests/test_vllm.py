@@ -161,6 +161,7 @@ async def test_a_tokenizer_from_elsewhere_has_a_revision_of_its_own() -> None:
         return args.revision, args.tokenizer_revision
 
     assert revisions() == ("3f2c", None), "vLLM takes the model's"
+    assert revisions(tokenizer="me/tuned") == ("3f2c", None)
     assert revisions(tokenizer="their/own") == ("3f2c", "main")
     assert revisions(tokenizer="their/own", tokenizer_revision="v2") == ("3f2c", "v2")
 

@@ -269,7 +269,8 @@ def _serve_args(model: ModelConfig, where: str = "model.engine") -> Any:
     options["model"] = model.id
     if model.revision is not None:
         options["revision"] = model.revision
-        if options.get("tokenizer") is not None:  # vLLM would look for the revision there too
+        # Of a tokenizer from elsewhere, vLLM would look for the same revision.
+        if options.get("tokenizer") not in (None, model.id):
             options.setdefault("tokenizer_revision", "main")
     if model.world_size > 1:
         # One replica's GPUs are one node's; vLLM must not build a Ray cluster inside ours.
