@@ -365,7 +365,7 @@ def _encodable(outputs: Sequence[Output]) -> list[Output]:
     """Outputs whose text Parquet can hold: a lone surrogate has no UTF-8."""
     return [
         output
-        if _is_utf8((output.value, output.reason))
+        if _is_utf8(output.value) and _is_utf8(output.reason)
         else output._replace(value=None, status="failed", reason="invalid_utf8")
         for output in outputs
     ]
@@ -373,6 +373,8 @@ def _encodable(outputs: Sequence[Output]) -> list[Output]:
 
 def _is_utf8(value: Any) -> bool:
     """Whether all text in `value` is, at any depth."""
+    if value is None:
+        return True
     if isinstance(value, str):
         try:
             value.encode()

@@ -31,7 +31,8 @@ PROSE = [
     "100% sure, 5%do, 50%s of it, 3% increase", "a < b and c > d", "<Parasite>와 <기생충>",
     "<your name>", "<개정 2014.6.11>", "\\section{Introduction} \\textbf{bold}",
     "{a: b} { x } {see below}", "it's `quoted' so", ":ref:`a label` and `a reference`_",
-    "user@home, @me, a@b", "http:// ftp", "[x](a b)", "[속보](종합) 정부 발표", "[Breaking](Update) news",
+    "user@home, @me, a@b", "http:// ftp", "[x](a b)", "[속보](종합) 정부 발표",
+    "[Breaking](Update) news",
     "```\nnever closed",
     "~~~~~~~~\nprose\n~~~~~~~~",
 ]  # fmt: skip
