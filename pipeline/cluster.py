@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.exceptions import ExecutionTimeoutError
 
@@ -49,6 +49,10 @@ ROWS_AHEAD, UNITS_AHEAD = 11, 2
 """Rows that a worker holds for each that its engine computes at once, a little more than are begun
 (see schedule), and units beyond that: one is being read, one committed."""
 MAX_UNITS_IN_FLIGHT = 256
+READ_AHEAD, LEAST_READ_AHEAD = 4, 256 << 20
+"""Bytes of units that are read and wait, for each that the workers hold, and at least. Unless it
+has a limit, Ray Data reads until a share of all machines' memory is full: much of a job's input,
+and small units are held by the driver."""
 FULL_POOL = 0.99
 NO_PROGRESS_TIMEOUT_S = 24 * 3600
 """Ray Data's own 30 minutes would end a job whose units are slow or whose engine is large."""
@@ -138,7 +142,7 @@ def replica_resources(job: JobConfig, lane: Lane, units: int) -> Resources:
                 "Lower `cluster.replicas`; or, where the cluster grows by itself, let it have the "
                 "time with `cluster.wait_s`.",
             )
-        return Resources(world, 1, replicas)
+        return Resources(world, 1, replicas, max(replicas.min, min(replicas.max, room)))
     cores = max((math.floor(node.get("CPU", 0)) for node in nodes), default=0)
     cpus = job.cluster.cpus_per_replica
     if cpus and cpus > cores:
@@ -147,12 +151,12 @@ def replica_resources(job: JobConfig, lane: Lane, units: int) -> Resources:
             "Lower it.",
         )
     if model.backend != "vllm":
-        return Resources(0, cpus or 1, replicas)
+        return Resources(0, cpus or 1, replicas, replicas.min)
     largest = min(cores, len(usable_cores())) if len(nodes) == 1 else cores
     if world > largest:
         raise _too_large(world, f"this machine has no GPU and {largest} cores")
     share = largest // math.ceil(replicas.max / max(1, len(nodes)))
-    return Resources(0, cpus or max(world, share), replicas)
+    return Resources(0, cpus or max(world, share), replicas, replicas.min)
 
 
 def await_gpus(world: int, replicas: int, wait_s: float) -> None:
@@ -222,6 +226,10 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
     context.enable_progress_bars = False
     context.memory_usage_poll_interval_s = None  # else each unit in flight has a thread for that
     context.custom_execution_callback_classes = [ForgetBlocks]
+    held = READ_AHEAD * replicas.max * in_flight * plan.bytes_per_unit
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=max(LEAST_READ_AHEAD, held)
+    )
     # Ray grows a pool when more tasks wait than it holds; ours are never queued beyond what a
     # worker does at once, so a full pool is what calls for another replica.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = FULL_POOL
@@ -242,6 +250,7 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
         compute=ActorPoolStrategy(
             min_size=replicas.min,
             max_size=replicas.max,
+            initial_size=share.at_first,
             max_tasks_in_flight_per_actor=in_flight,
         ),
         max_concurrency=in_flight,

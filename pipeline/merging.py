@@ -46,6 +46,9 @@ ROW_GROUP_BYTES = 64 << 20
 PARTS_AHEAD, BYTES_AHEAD = 16, 16 << 20
 """Of a shard, most that are read from an object store before it is their turn."""
 
+GROWS = 4
+"""Times that an output file may well be as large as its input."""
+
 Part = tuple[Stamp, pa.Table]
 
 Also = Callable[[Stamp], AbstractContextManager[Callable[[pa.Table], None]]]
@@ -142,7 +145,7 @@ def _write_shard(
     """Replace the shard's output file by these rows, results included. Returns their counts."""
     counts, prompts, completions = Counts(), Counter[int](), Counter[int]()
     with (
-        output.replacing(stamp.shard) as sink,
+        output.replacing(stamp.shard, GROWS * int(stamp.fingerprint.partition(":")[0])) as sink,
         also(stamp) if also else nullcontext() as add,  # through before the file above appears
         parquet_writer(sink, schema) as writer,
     ):

@@ -194,10 +194,16 @@ def missing_ranges(rows: int, parts: Iterable[Unit]) -> list[tuple[int, int]]:
 
 def read_stamp(output: Folder, path: str) -> Stamp | None:
     """The stamp in the footer of `path`; None if axbatch didn't write the file."""
-    with input_errors(f"{output.url}/{path}"), output.open(path) as source:
+    with input_errors(f"{output.url}/{path}"), _opened(output, path) as source:
         metadata = pq.read_metadata(source).metadata or {}
     footer = metadata.get(FOOTER_KEY.encode())
     return Stamp.from_footer(footer) if footer else None
+
+
+def _opened(output: Folder, path: str) -> pa.NativeFile:
+    """A part is read whole, in one request; of a published shard, what is asked for."""
+    is_part = path.startswith(f"{PARTS}/")
+    return pa.BufferReader(output.read(path)) if is_part else output.open(path)
 
 
 def read_part_counts(output: Folder, unit: Unit) -> Counts | None:
@@ -243,7 +249,7 @@ def _batches(
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """These columns of a part or a published shard, with the number of each batch's first row."""
     url, start = f"{output.url}/{path}", 0
-    with input_errors(url), output.open(path) as file:
+    with input_errors(url), _opened(output, path) as file:
         for batch in read_batches(open_parquet(file), url, columns=columns):
             yield start, batch
             start += batch.num_rows

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from queue import SimpleQueue
 from types import TracebackType
 
 from pipeline.attempts import ATTEMPTS
@@ -21,6 +21,8 @@ from pipeline.task import Task
 # Merging streams, and Arrow works outside of Python's lock: a few threads of the driver keep up
 # with any number of engines that produce text.
 THREADS = 4
+STORE_THREADS = 16
+"""Of an object store: a small file takes a dozen requests there, one after the other."""
 
 
 class Publisher:
@@ -51,8 +53,10 @@ class Publisher:
         self.missing_rows = 0
         """That have no receipt yet, of what is expected."""
         self._received: dict[str, set[int]] = {}
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="publish")
-        self._publishing: list[Future[Counts]] = []
+        threads = THREADS if output.is_local else STORE_THREADS
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="publish")
+        self._under_way = 0
+        self._through: SimpleQueue[Future[Counts]] = SimpleQueue()
 
     def __enter__(self) -> Publisher:
         for key in self._plan.leftovers:
@@ -65,8 +69,8 @@ class Publisher:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         try:
-            while error is None and self._publishing:
-                self._collect(wait(self._publishing, return_when=FIRST_COMPLETED).done)
+            while error is None and self._under_way:
+                self._collect(self._through.get())
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -95,7 +99,8 @@ class Publisher:
     def received(self, receipt: Receipt) -> None:
         """Count a committed unit, once; publish its shard if it was the last. Raises what went
         wrong with a shard before: engines must not work on for an output that can't be written."""
-        self._collect([publishing for publishing in self._publishing if publishing.done()])
+        while not self._through.empty():
+            self._collect(self._through.get())
         unit = receipt.unit
         if unit.start in self._received[unit.shard]:
             return
@@ -107,17 +112,17 @@ class Publisher:
         if self._missing[unit.shard] == 0:
             self._publish(unit.shard)
 
-    def _collect(self, published: Iterable[Future[Counts]]) -> None:
-        for publishing in published:
-            self._publishing.remove(publishing)
-            self.counts.add(publishing.result())
+    def _collect(self, published: Future[Counts]) -> None:
+        self._under_way -= 1
+        self.counts.add(published.result())
 
     def _publish(self, key: str) -> None:
         """Unless rows of it wait for the next lane, which completes it."""
         self._received[key].clear()
         if self._deferred[key]:
             return
-        self._publishing.append(self._pool.submit(self._merge, self._shards[key]))
+        self._under_way += 1
+        self._pool.submit(self._merge, self._shards[key]).add_done_callback(self._through.put)
 
     def _merge(self, planned: ShardPlan) -> Counts:
         overlay, planned = planned.overlay, planned.completes or planned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +20,8 @@ from pipeline.shards import FOOTER_THREADS
 from pipeline.storage import Folder
 
 EXAMPLES = 3
+KEPT_FILES = 8
+"""With a reason, to look for its examples in: more than EXAMPLES, as some may go meanwhile."""
 AT_ONCE = 4_096
 """Parts whose footers are asked for before the next are."""
 
@@ -91,12 +93,14 @@ def read_status(plan: Plan, output: Folder, without: str | None = None) -> Statu
             return Counts()  # published, and dropped, while we looked
         return stamp.counts if stamp and stamp.run != without else Counts()
 
-    counts, files = Counts(), list[_File]()
+    counts, files, kept = Counts(), list[_File](), Counter[str]()
 
     def take(file: _File) -> None:
         counts.add(file.counts)
-        if file.counts.reasons:  # of the others, which may be hundreds of thousands, no more
+        reasons = file.counts.reasons
+        if any(kept[reason] < KEPT_FILES for reason in reasons):  # there may be a million
             files.append(file)
+            kept.update(reasons.keys())
 
     for shard in plan.shards:
         if shard.published:

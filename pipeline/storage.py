@@ -35,8 +35,8 @@ from pipeline.filesystems import (
 NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
 """What file systems without them say, each its own."""
 
-MULTIPART_BYTES = 64 << 20
-"""Size of one piece of a large upload; S3 allows 10,000 pieces, so a file may have 640 GB."""
+MULTIPART_BYTES, MOST_PIECES = 64 << 20, 10_000
+"""Of a large upload: the size of a piece, unless so many are too few. S3 takes no more."""
 
 RACERS = 8
 DELETED_AT_ONCE = 16
@@ -129,8 +129,9 @@ class Folder:
             sink.write(data)
 
     @contextmanager
-    def replacing(self, path: str) -> Iterator[IO[bytes]]:
-        """A sink for a large file that appears under its name only if the block ends well."""
+    def replacing(self, path: str, expected_bytes: int = 0) -> Iterator[IO[bytes]]:
+        """A sink for a large file that appears under its name only if the block ends well. Of
+        more than `expected_bytes`, 640 GB at least, an object store may refuse the rest."""
         with storage_errors(f"{self.url}/{path}"), _missing_folder(self.url):
             if self.is_local:
                 with self._temporary() as (sink, temporary):
@@ -141,9 +142,8 @@ class Folder:
                     temporary.replace(final)
                     _sync_directory(final.parent)
                 return
-            sink = self.filesystem.open(
-                self.full(path), "wb", autocommit=False, block_size=MULTIPART_BYTES
-            )
+            piece = max(MULTIPART_BYTES, -(-expected_bytes // MOST_PIECES))
+            sink = self.filesystem.open(self.full(path), "wb", autocommit=False, block_size=piece)
             try:
                 yield sink
                 sink.autocommit = True  # not before, or whoever closes it publishes half a file

@@ -87,6 +87,8 @@ class Resources:
     gpus: int
     cpus: int
     replicas: ReplicaRange
+    at_first: int = 1
+    """Replicas to begin with: as many as there is room for now."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ class Worker:
         """None if it has not begun, as the watch says stop."""
         started = time.monotonic()
         unit, fingerprint, table = decode_unit(block)
+        if await asyncio.to_thread(self._spec.watch.says_stop):
+            return None  # of thousands of units that are read already, perhaps
         rows = python_rows(table)
         of_shard = await asyncio.to_thread(read_crashes, self._output, unit.shard)
         crashes, counts = crashes_of(unit, of_shard), None
@@ -319,7 +323,8 @@ def _start_engine(spec: WorkerSpec) -> Engine:
         if spec.lane.longest:
             later = resolve_model(yarn_lane(spec.job.model, spec.lane.longest).model)
             check_options(later, "model.yarn.engine")
-        return start_engine(resolve_model(spec.lane.model), spec.share.cpus, silence)
+        cpus = 0 if spec.share.gpus else spec.share.cpus
+        return start_engine(resolve_model(spec.lane.model), cpus, silence)
     except EngineError as error:
         # vLLM's own processes have logged the reason; what reaches us only says that there is one.
         cause = root_cause(spec.log, log_size) or str(error.args[0])

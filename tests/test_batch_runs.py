@@ -69,8 +69,8 @@ def no_room_for(path: str) -> Iterator[None]:
     replacing = Folder.replacing
 
     @contextmanager
-    def failing(folder: Folder, target: str) -> Iterator[IO[bytes]]:
-        with replacing(folder, target) as sink:
+    def failing(folder: Folder, target: str, expected_bytes: int = 0) -> Iterator[IO[bytes]]:
+        with replacing(folder, target, expected_bytes) as sink:
             yield sink
             if target == path:
                 raise StorageError(f"{path}: no space left")

@@ -138,13 +138,13 @@ def test_a_run_opens_only_parts_with_deferred_rows_again(
     waiting: Waiting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: Counter[str] = Counter()
-    read = Folder.open
+    read = Folder.read
 
     def counted(folder: Folder, path: str) -> Any:
         opened[path] += 1
         return read(folder, path)
 
-    monkeypatch.setattr(Folder, "open", counted)
+    monkeypatch.setattr(Folder, "read", counted)
     plan = waiting.plan()
     deferred = plan_deferred(plan.identity, plan.unpublished, waiting.output, plan.longest)
     assert [s.overlay.rows for s in deferred.shards if s.overlay] == [

@@ -240,10 +240,12 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _prepare_environment(model: ModelConfig, cpus: int) -> None:
-    """What vLLM takes from the environment. What the user has set there stays."""
+    """What vLLM takes from the environment. What the user has set there stays. `cpus` are those
+    that the engine computes on; 0: it has GPUs."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    # Only engines without a GPU read these.
+    if not cpus:
+        return  # on a GPU these mean nothing, but are part of the key of what vLLM has compiled
     if "kv_cache_memory_bytes" not in model.engine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))
     if "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:

@@ -35,6 +35,9 @@ REPORT = "_axbatch/report"
 PLAN_FILE = "_axbatch/plan.json"
 EVERY_S = 30.0
 """Between two versions of the report while a run goes on."""
+FEW_UNITS = 10_000
+"""Of more, the last report of a run that is cut short looks at no parts: a store may take minutes
+for them, and whoever has pressed Ctrl-C wants it to end."""
 
 
 def write_report(job: JobConfig, task: Task, identity: str, output: Folder) -> dict[str, Any]:
@@ -118,14 +121,18 @@ class Reporter:
             # Rows of a retry are among those counted before: there is no report of them yet.
             self._writing = self._pool.submit(self._keep, self._ledger, record)
             return
+        status = self._status_now(self._before)
+        self._writing = self._pool.submit(self._write_live, self._ledger, status, record)
+
+    def _status_now(self, before: Status) -> Status:
+        """From what it was before the run, and the run's own counts."""
         counts = Counts()
-        counts.add(self._before.counts)
+        counts.add(before.counts)
         counts.add(self._progress.counts)
         if self._progress.lane:
             # The second lane's are all that wait, those too that waited before this run.
             counts.deferred = self._progress.counts.deferred
-        status = replace(self._before, counts=counts)
-        self._writing = self._pool.submit(self._write_live, self._ledger, status, record)
+        return replace(before, counts=counts)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
@@ -142,8 +149,12 @@ class Reporter:
             state = "interrupted"
         with _never_mind("the report is not written"):
             self._ledger.read_the_dead()
-            store_record(self._output, self._ledger.run, self._record(state))
-            write_report(self._job, self._task, self._plan.identity, self._output)
+            record = self._record(state)
+            if state != "done" and self._before and self._plan.unpublished_units > FEW_UNITS:
+                self._write_live(self._ledger, self._status_now(self._before), record)
+            else:
+                store_record(self._output, self._ledger.run, record)
+                write_report(self._job, self._task, self._plan.identity, self._output)
             with _never_mind("the readings of dead engines stay"):
                 self._ledger.forget_the_dead()
 
