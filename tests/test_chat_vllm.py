@@ -65,14 +65,12 @@ async def test_the_three_turns_of_the_model_card(
     assert asked == [says("assistant", case.question or "") for case in some]
 
     calls = await messages_of(demo, [form(tools.opening(case)) for case in some], **BOTH)
-    right = 0
     for case, message in zip(some, calls, strict=True):
         assert set(message) == {"role", "tool_calls"}
         [call] = message["tool_calls"]
         assert call["type"] == "function"
         assert call["function"]["name"] == case.call["name"]
-        right += json.loads(call["function"]["arguments"]) == case.call["arguments"]
-    assert right >= len(some) - 1, "a model of this size mistakes a currency now and then"
+        assert json.loads(call["function"]["arguments"]) == case.call["arguments"]
 
     talks = [
         [*tools.opening(case), message,
@@ -80,10 +78,7 @@ async def test_the_three_turns_of_the_model_card(
         for case, message in zip(some, calls, strict=True)
     ]  # fmt: skip
     final = await messages_of(demo, [form(talk) for talk in talks], **BOTH)
-    right = sum(
-        message["content"] == case.answer for case, message in zip(some, final, strict=True)
-    )
-    assert right >= len(some) - 1
+    assert [message["content"] for message in final] == [case.answer for case in some]
 
 
 async def prompt_of(demo: VllmEngine, talk: Any, **keys: Any) -> str:

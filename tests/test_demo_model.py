@@ -319,7 +319,7 @@ class TestOnAnEngine:
         chosen = exam.held_out_sentences(120)
         passages = [chosen[i : i + 20] for i in range(0, 120, 20)]
         scores = await exam.examine_passages(demo.chat, passages, direction)
-        at_least(0.45, [scores])
+        at_least(0.55, [scores])
 
     async def test_calls_tools_and_answers_from_their_results(self, demo: VllmEngine) -> None:
         at_least(0.9, await exam.examine_tools(demo.chat, 60))
@@ -333,12 +333,11 @@ class TestOnAnEngine:
         at_least(0.4, await exam.examine_questions(demo.chat, 60))
 
     async def test_summarises(self, demo: VllmEngine) -> None:
-        at_least(0.45, await exam.examine_summaries(demo.chat, 40))
+        at_least(0.6, await exam.examine_summaries(demo.chat, 40))
 
     @pytest.mark.parametrize("text", FOREIGN)
     async def test_stops_by_itself_on_foreign_text(self, demo: VllmEngine, text: str) -> None:
-        is_korean = any("가" <= letter <= "힣" for letter in text)
-        system = translation.system_prompt("ko-en" if is_korean else "en-ko")
+        system = translation.system_prompt("en-ko")
         messages = [says("system", system), says("user", text)]
         assert (await demo.chat(exam.body(messages))).finish_reason == "stop"
 

@@ -40,7 +40,17 @@ SKILLS: Mix = {
     summaries: 0.08,
 }
 """The tokenizer is made of these, so that it stays what it is whatever a later mix adds."""
-BASICS: Mix = {decisions if skill is questions else skill: share for skill, share in SKILLS.items()}
+BASICS: Mix = {
+    single_sentences: 0.20,
+    odd_sentences: 0.14,
+    passages: 0.12,
+    odd_passages: 0.10,
+    copies: 0.06,
+    conversations: 0.12,
+    extractions: 0.10,
+    decisions: 0.08,
+    summaries: 0.08,
+}
 CHOOSING: Mix = {
     choices: 0.40,
     decisions: 0.12,
@@ -56,13 +66,13 @@ EVERYTHING: Mix = {
     decisions: 0.10,
     choices: 0.04,
     single_sentences: 0.12,
-    odd_sentences: 0.15,
+    odd_sentences: 0.17,
     word_lists: 0.03,
     passages: 0.09,
     odd_passages: 0.15,
     copies: 0.01,
     conversations: 0.11,
-    extractions: 0.11,
+    extractions: 0.09,
     summaries: 0.03,
     odd_summaries: 0.06,
 }

@@ -45,7 +45,7 @@ MAX_TOKENS = 2048
 # but for the comma: a number is copied in few steps, and few numbers look alike on the way.
 WORDS = r"\d{1,3}(?=(?:\d{3})*(?!\d))| ?\p{Latin}+| ?\p{Hangul}+|\s|."
 
-STEPS = 6000
+STEPS = 6300
 WARMUP = 100
 PEAK_LEARNING_RATE = 2e-3  # AdamW's, for the embedding and the norms
 PEAK_MUON_LEARNING_RATE = 5e-3  # for the layers' matrices
