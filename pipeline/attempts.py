@@ -113,11 +113,13 @@ def bury_the_dead(folder: Path, run: str, lane: str, output: Folder) -> None:
         )
 
 
-def may_start_again(folder: Path, run: str) -> bool:
+def may_start_again(folder: Path, run: str, works_elsewhere: bool = False) -> bool:
     """Whether an engine that has not started is worth another try on this machine: one of the run
-    has worked here, and fewer than START_TRIES - 1 have failed since. What the dead one held, such
-    as GPU memory, may need a moment to be free."""
+    has worked here, or works elsewhere, and fewer than START_TRIES - 1 have failed since. What the
+    dead one held, such as GPU memory, may need a moment to be free; so may a model's download."""
     buried = _buried(folder, run)
+    if works_elsewhere and len(buried) < START_TRIES - 1:
+        return True
     return any(map(_finished_some, buried[1 - START_TRIES :]))
 
 

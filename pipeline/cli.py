@@ -212,7 +212,11 @@ def _answer(
     options: argparse.Namespace, console: Console, data: Any, show: Callable[[], None]
 ) -> None:
     if options.json:
-        console.print_json(json.dumps(data, ensure_ascii=False))
+        text = json.dumps(data, ensure_ascii=False, indent=2)
+        if console.is_terminal:
+            console.print_json(text)
+        else:  # of many files, colours would take minutes
+            console.out(text, highlight=False)
     else:
         show()
 

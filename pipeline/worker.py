@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import socket
 import time
@@ -53,7 +54,7 @@ from pipeline.errors import (
 from pipeline.generate import EngineGenerate, expected_length
 from pipeline.lanes import Lane, yarn_lane
 from pipeline.lease import Watch
-from pipeline.ledger import leave_reading
+from pipeline.ledger import RUNS, leave_reading
 from pipeline.logs import engines_lock, machine_folder, redirect_output, root_cause
 from pipeline.metrics import Metrics
 from pipeline.model import resolve_model
@@ -131,7 +132,9 @@ class Worker:
             # Ray would make text of it; as the answer to the first unit it reaches the user whole.
             traceback.print_exception(error)
             self._failure = error
-            if isinstance(error, EngineError) and may_start_again(machine_folder(), spec.run):
+            if isinstance(error, EngineError) and may_start_again(
+                machine_folder(), spec.run, _works_elsewhere(spec)
+            ):
                 self._failure = EngineGone(str(error.args[0]))
             return
         gc.set_threshold(COLLECT_AFTER)
@@ -314,6 +317,13 @@ class Worker:
             ]
             columns |= {name: [row.get(name) for row in given] for name in self._task.columns}
         return columns
+
+
+def _works_elsewhere(spec: WorkerSpec) -> bool:
+    """Whether an engine of the run has worked, by its record, which is written now and then."""
+    with suppress(FileNotFoundError, StorageError):
+        return bool(json.loads(spec.output.read(f"{RUNS}/{spec.run}.json"))["workers"])
+    return False
 
 
 def _start_engine(spec: WorkerSpec) -> Engine:

@@ -160,6 +160,7 @@ def test_a_death_makes_no_unit_list_the_parts_of_its_file_but_suspects(
 def test_engine_that_worked_before_is_started_three_times(tmp_path: Path) -> None:
     output = Folder(str(tmp_path / "out"))
     assert not may_start_again(tmp_path, "run"), "the first failure of all is the job's"
+    assert may_start_again(tmp_path, "run", works_elsewhere=True), "this machine is new"
     worked = tmp_path / "run.1.journal"
     worked.write_text("\n".join(json.dumps([what, "s", 0, 4, False]) for what in ("in", "out")))
     tries = 1
