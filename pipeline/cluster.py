@@ -27,6 +27,7 @@ from pipeline.plan import Plan
 from pipeline.ray_settings import cluster_address
 from pipeline.receipt import decode_receipt
 from pipeline.records import Receipt
+from pipeline.shards import UNIT_BYTES
 from pipeline.signals import catch_signals
 from pipeline.source import UnitSource
 from pipeline.worker import Resources, Worker, WorkerSpec
@@ -226,13 +227,15 @@ def receipts(plan: Plan, columns: list[str], spec: WorkerSpec) -> Iterator[Recei
     context.enable_progress_bars = False
     context.memory_usage_poll_interval_s = None  # else each unit in flight has a thread for that
     context.custom_execution_callback_classes = [ForgetBlocks]
-    held = READ_AHEAD * replicas.max * in_flight * plan.bytes_per_unit
+    held = READ_AHEAD * replicas.max * in_flight * UNIT_BYTES
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=max(LEAST_READ_AHEAD, held)
     )
     # Ray grows a pool when more tasks wait than it holds; ours are never queued beyond what a
     # worker does at once, so a full pool is what calls for another replica.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = FULL_POOL
+    # And one that waits for readers is not to be sent home: the next would load the model again.
+    context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.0
     source = UnitSource(plan, columns, spec.watch)
     dataset = ray.data.read_datasource(
         source,

@@ -201,9 +201,9 @@ def read_stamp(output: Folder, path: str) -> Stamp | None:
 
 
 def _opened(output: Folder, path: str) -> pa.NativeFile:
-    """A part is read whole, in one request; of a published shard, what is asked for."""
-    is_part = path.startswith(f"{PARTS}/")
-    return pa.BufferReader(output.read(path)) if is_part else output.open(path)
+    """A part in an object store is read whole, in one request; else what is asked for."""
+    is_small = path.startswith(f"{PARTS}/") and not output.is_local
+    return pa.BufferReader(output.read(path)) if is_small else output.open(path)
 
 
 def read_part_counts(output: Folder, unit: Unit) -> Counts | None:

@@ -139,12 +139,6 @@ class Plan:
         return sum(s.pending_units for s in self.shards)
 
     @property
-    def bytes_per_unit(self) -> int:
-        """Of the task's columns, of pending units: the mean; 1 at least."""
-        total = sum(s.pending_rows * s.shard.bytes_per_row for s in self.shards)
-        return max(1, int(total / max(1, self.pending_units)))
-
-    @property
     def deferred_rows(self) -> int:
         """Rows that parts leave to the next lane, those too that it has done already."""
         return sum(s.deferred.rows for s in self.shards)

@@ -209,7 +209,7 @@ def _compute(
     def compute(lane: Lane, plan: Plan) -> None:
         lanes.append(use := LaneUse(lane))
         share = replica_resources(job, lane, plan.pending_units)
-        ledger.begin_lane(share.replicas.max, share.gpus, at_once=share.at_first)
+        ledger.begin_lane(share.replicas.max, share.gpus, at_once=share.replicas.min)
         spec = WorkerSpec(
             job, lane, plan.identity, run, log, share, output, watch, is_retry=is_retry
         )

@@ -21,7 +21,7 @@ from pipeline.storage import Folder
 
 EXAMPLES = 3
 KEPT_FILES = 8
-"""With a reason, to look for its examples in: more than EXAMPLES, as some may go meanwhile."""
+"""With a reason, in which its examples are looked for."""
 AT_ONCE = 4_096
 """Parts whose footers are asked for before the next are."""
 

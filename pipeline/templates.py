@@ -163,6 +163,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _printable(value: Any) -> Any:
     if value is None:
         raise RowRejected("null: a value that the template prints")
+    if isinstance(value, bytes) and not isinstance(value, Bytes):  # made of a row's
+        raise RowRejected("not_text: bytes that the template prints")
     if callable(value) and not isinstance(value, Null | Undefined):
         raise TypeError("a method of Python, where the text has no such field")
     return value

@@ -196,6 +196,11 @@ def test_bytes_are_not_text(value: Any) -> None:
         assert reason(printing, a=value).startswith("not_text: a")
 
 
+def test_bytes_that_are_made_of_bytes_are_not_text_either() -> None:
+    for printing in ("{{ a[:2] }}", "{{ a.strip() }}", "{{ a + a }}"):
+        assert reason(printing, a=b"bytes") == "not_text: bytes that the template prints"
+
+
 def test_bytes_may_be_tested_decoded_and_stand_beside_text() -> None:
     source = (
         "{% if a.bytes %}{{ a.path }}, {{ a.bytes | length }}, {{ a.bytes.decode() }}{% endif %}"

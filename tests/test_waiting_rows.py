@@ -138,13 +138,13 @@ def test_a_run_opens_only_parts_with_deferred_rows_again(
     waiting: Waiting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: Counter[str] = Counter()
-    read = Folder.read
+    read = Folder.open
 
     def counted(folder: Folder, path: str) -> Any:
         opened[path] += 1
         return read(folder, path)
 
-    monkeypatch.setattr(Folder, "read", counted)
+    monkeypatch.setattr(Folder, "open", counted)
     plan = waiting.plan()
     deferred = plan_deferred(plan.identity, plan.unpublished, waiting.output, plan.longest)
     assert [s.overlay.rows for s in deferred.shards if s.overlay] == [
