@@ -276,7 +276,7 @@ def find_files(url: str) -> tuple[Folder, list[Entry]]:
         raise InputError(f"{url}: {what}", "Check `input.path`.")
     odd = {name.removeprefix(base) for name, info in found.items() if info["type"] != "file"}
     for entry in visible:
-        if posixpath.normpath(entry.path) != entry.path:  # of an object store alone
+        if posixpath.normpath(f"a/{entry.path}") != f"a/{entry.path}":  # of an object store alone
             raise InputError(
                 f"{base}{entry.path}: a part of its key is empty, or dots",
                 "Rename it, or narrow `input.path`.",
