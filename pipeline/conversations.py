@@ -168,11 +168,11 @@ def _checked(given: Any, clean: Clean) -> Message:
     if not isinstance(content, str) and not _are_parts(content):
         raise ValueError("`content` must be text or a list of parts, each with its `type`")
     if not isinstance(content, str):
-        _part(content, clean)
+        _keep_apart(content, clean)
     return message
 
 
-def _part(parts: list[dict[str, Any]], clean: Clean) -> None:
+def _keep_apart(parts: list[dict[str, Any]], clean: Clean) -> None:
     """Break a control token whose pieces stand in parts that a template may put side by side."""
     before = ""
     for part in parts:

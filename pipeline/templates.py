@@ -38,6 +38,8 @@ MOST_STEPS = 100_000
 
 MOST_POWER = 64
 
+PRINTED_BYTES = "not_text: bytes that the template prints"
+
 _STEPS = "steps of all loops"
 """Where a rendering counts them; no column of a template can have this name."""
 
@@ -164,7 +166,7 @@ def _printable(value: Any) -> Any:
     if value is None:
         raise RowRejected("null: a value that the template prints")
     if isinstance(value, bytes) and not isinstance(value, Bytes):  # made of a row's
-        raise RowRejected("not_text: bytes that the template prints")
+        raise RowRejected(PRINTED_BYTES)
     if callable(value) and not isinstance(value, Null | Undefined):
         raise TypeError("a method of Python, where the text has no such field")
     return value
@@ -189,6 +191,8 @@ def _json_value(value: Any) -> Any:
         return None
     if isinstance(value, date | time | timedelta | Decimal | UUID):
         return str(value)
+    if isinstance(value, bytes):
+        raise RowRejected(PRINTED_BYTES)
     raise TypeError(f"{type(value).__name__} has no JSON")
 
 

@@ -197,7 +197,7 @@ def test_bytes_are_not_text(value: Any) -> None:
 
 
 def test_bytes_that_are_made_of_bytes_are_not_text_either() -> None:
-    for printing in ("{{ a[:2] }}", "{{ a.strip() }}", "{{ a + a }}"):
+    for printing in ("{{ a[:2] }}", "{{ a.strip() }}", "{{ a + a }}", "{{ a | tojson }}"):
         assert reason(printing, a=b"bytes") == "not_text: bytes that the template prints"
 
 
